@@ -1,0 +1,1 @@
+"""Integer codes to values: `dequantize`."""

@@ -1,0 +1,1 @@
+"""Values to integer codes: `dynamic_scale` and `quantize`."""
