@@ -1,0 +1,1 @@
+"""The targets: each lowers, packs and runs programs."""

@@ -1,0 +1,1 @@
+"""The kernels: for each operator its reference, and its implementations per target."""

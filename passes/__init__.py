@@ -1,0 +1,1 @@
+"""Rewrites of programs, one pass per file; `infra` runs them."""

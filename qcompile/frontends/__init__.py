@@ -1,0 +1,1 @@
+"""From models to programs: one module per kind of source."""

@@ -1,0 +1,1 @@
+"""The intermediate representation: programs, the `qc::` dialect, weights, interpretation."""

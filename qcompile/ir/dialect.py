@@ -1,0 +1,117 @@
+"""The `qc::` operators: every one is its reference function and one line here.
+
+`define` registers a function from ``kernels/<op>/reference.py`` as ``torch.ops.qc.<name>``. The
+schema comes from its annotations, the shape rule from running it on fake tensors (or from `shape`,
+where that would be slow), and the derivative from differentiating it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import infer_schema
+
+from qcompile.kernels.attention.reference import attention as _attention
+from qcompile.kernels.dequantize.reference import dequantize as _dequantize
+from qcompile.kernels.gated_act.reference import act as _act
+from qcompile.kernels.gated_act.reference import gated_act as _gated_act
+from qcompile.kernels.kv_append.reference import kv_append as _kv_append
+from qcompile.kernels.layer_norm.reference import layer_norm as _layer_norm
+from qcompile.kernels.quantize.reference import dynamic_scale as _dynamic_scale
+from qcompile.kernels.quantize.reference import quantize as _quantize
+from qcompile.kernels.rms_norm.reference import rms_norm as _rms_norm
+from qcompile.kernels.rope.reference import rope as _rope
+
+NAMESPACE = "qc"
+
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+
+def define(
+    reference: Callable[..., Tensor],
+    *,
+    name: str | None = None,
+    shape: Callable[..., Tensor] | None = None,
+) -> torch._ops.OpOverload:
+    """Registers an operator of the dialect.
+
+    Args:
+        reference: The oracle: tensors and plain values in, one new tensor out; annotated, without
+            branches on sizes, and differentiable by autograd where it is differentiable at all.
+        name: The operator's name; the function's own unless given.
+        shape: A cheaper function with the same signature that returns an empty result.
+
+    Returns:
+        The overload ``torch.ops.qc.<name>.default``.
+    """
+    name = name or reference.__name__
+    qualified = f"{NAMESPACE}::{name}"
+    _library.define(name + infer_schema(reference, mutates_args=()))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, shape or reference, lib=_library)
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    _register_derivative(qualified, reference)
+    return overload
+
+
+def is_dialect_op(target: object) -> bool:
+    """Whether a call target is an operator of this dialect."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
+
+
+def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> None:
+    """The backward of an operator re-runs its reference under autograd."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        del output
+        ctx.tensor_positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
+        ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
+        ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_positions))
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = list(ctx.plain)
+        for position, saved in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
+            arguments[position] = saved.detach().requires_grad_(saved.is_floating_point())
+        with torch.enable_grad():
+            output = reference(*arguments)
+        wanted = [i for i in ctx.tensor_positions if ctx.needs_input_grad[i]]
+        gradients: list[Tensor | None] = [None] * len(arguments)
+        if output.requires_grad:
+            found = torch.autograd.grad(
+                output, [arguments[i] for i in wanted], grad, allow_unused=True
+            )
+            for position, gradient in zip(wanted, found, strict=True):
+                gradients[position] = gradient
+        return tuple(gradients)
+
+    torch.library.register_autograd(
+        qualified, backward, setup_context=setup_context, lib=_library
+    )
+
+
+def _attention_shape(
+    query: Tensor, key: Tensor, value: Tensor, *rest: object, **named: object
+) -> Tensor:
+    del key, rest, named
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _like_first(x: Tensor, *rest: object, **named: object) -> Tensor:
+    del rest, named
+    return torch.empty_like(x)
+
+
+rms_norm = define(_rms_norm, shape=_like_first)
+layer_norm = define(_layer_norm, shape=_like_first)
+rope = define(_rope, shape=_like_first)
+attention = define(_attention, shape=_attention_shape)
+act = define(_act, shape=_like_first)
+gated_act = define(_gated_act, shape=_like_first)
+kv_append = define(_kv_append)
+dynamic_scale = define(_dynamic_scale)
+quantize = define(_quantize)
+dequantize = define(_dequantize)

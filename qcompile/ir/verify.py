@@ -1,0 +1,117 @@
+"""What every program must satisfy, checked after every pass."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.errors import EquivalenceError
+from qcompile.ir.edit import Editor
+from qcompile.ir.program import Program
+from qcompile.ir.text import format_target
+
+PYTHON_OPERATORS = frozenset(
+    {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg}
+    | {operator.mod, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+    | {operator.truediv, operator.pow, torch.sym_max, torch.sym_min, torch.sym_int}
+    | {torch.sym_float, torch.sym_not, torch.sym_ite, operator.and_, operator.or_}
+)
+"""Arithmetic on sizes that may stand between operators."""
+
+
+class MalformedProgramError(EquivalenceError):
+    """A pass left a program that breaks the rules of the IR: a defect of that pass."""
+
+
+def verify_program(program: Program, *, shapes: bool = False) -> None:
+    """Checks structure, weights, signature and functional form.
+
+    Args:
+        program: The program.
+        shapes: Also run every node's shape rule again and compare (slower).
+
+    Raises:
+        MalformedProgramError: Names the first offending node.
+    """
+    try:
+        program.graph.lint()
+    except RuntimeError as error:
+        raise MalformedProgramError(f"the graph is not well formed: {error}") from error
+    _verify_signature(program)
+    for node in program.graph.nodes:
+        _verify_node(program, node)
+    if shapes:
+        _verify_shapes(program)
+
+
+def _verify_signature(program: Program) -> None:
+    for what, ports, nodes in (
+        ("inputs", program.signature.inputs, program.inputs),
+        ("outputs", program.signature.outputs, program.results),
+    ):
+        if len(ports) != len(nodes):
+            raise MalformedProgramError(
+                f"the signature has {len(ports)} {what}, the graph has {len(nodes)}"
+            )
+
+
+def _verify_node(program: Program, node: fx.Node) -> None:
+    if node.op == "output":
+        return
+    if "val" not in node.meta:
+        raise MalformedProgramError(f"node '{node.name}' has no shape (meta['val'])")
+    match node.op:
+        case "placeholder":
+            return
+        case "get_attr":
+            _verify_weight(program, node)
+        case "call_function":
+            _verify_call(node)
+        case other:
+            raise MalformedProgramError(f"node '{node.name}' has kind '{other}'")
+
+
+def _verify_weight(program: Program, node: fx.Node) -> None:
+    name = str(node.target)
+    if name not in program.weights:
+        raise MalformedProgramError(f"node '{node.name}' names '{name}', which has no weight")
+    spec, value = program.weights.spec(name), node.meta["val"]
+    if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+        raise MalformedProgramError(
+            f"weight '{name}' is {spec.dtype}{list(spec.shape)}, the graph has "
+            f"{value.dtype}{list(value.shape)}"
+        )
+
+
+def _verify_call(node: fx.Node) -> None:
+    if isinstance(node.target, torch._ops.OpOverload):
+        if node.target._schema.is_mutable:
+            raise MalformedProgramError(
+                f"node '{node.name}' calls '{format_target(node.target)}', which writes in place"
+            )
+    elif node.target not in PYTHON_OPERATORS:
+        raise MalformedProgramError(
+            f"node '{node.name}' calls '{node.target}', which is no operator of the IR"
+        )
+
+
+def _verify_shapes(program: Program) -> None:
+    editor = Editor(program)
+    for node in program.calls():
+        expected, found = editor.infer(node), node.meta["val"]
+        if _shape(expected) != _shape(found):
+            raise MalformedProgramError(
+                f"node '{node.name}' ({format_target(node.target)}) says {_shape(found)}, "
+                f"its shape rule gives {_shape(expected)}"
+            )
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(str(size) for size in value.shape)
+    if isinstance(value, (list, tuple)):
+        return [_shape(item) for item in value]
+    return str(value)
