@@ -1,0 +1,17 @@
+"""What is stored for a quantized weight, and how it is named."""
+
+from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch
+from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.registry import parse_format
+from qcompile.formats.rtn import Rounded, relative_error, rtn
+
+__all__ = [
+    "Format",
+    "IntegerFormat",
+    "QuantizedWeight",
+    "Rounded",
+    "ScaleSearch",
+    "parse_format",
+    "relative_error",
+    "rtn",
+]

@@ -1,0 +1,132 @@
+"""Integers of 1 to 8 bits in groups along the input axis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import RecipeError
+from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch
+from qcompile.formats.scalar_grid import ScalarGrid
+from qcompile.ir.weights import TensorSpec
+from qcompile.kernels.dequantize.reference import dequantize
+from qcompile.kernels.quantize.groups import group_count
+
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+}
+"""Name of a scale type in a format's name to the type."""
+
+
+@dataclass(frozen=True)
+class IntegerFormat(Format):
+    """weight = (code - zero_point) * scale, one scale (and zero point) per group of inputs.
+
+    Codes are unsigned, 0 to 2^bits - 1. A symmetric format has no zero points: they are all
+    2^(bits-1), so that the lowest code has no opposite; a scale may then be *negative*, which
+    puts that extra level on the side where the group needs it.
+
+    Attributes:
+        bits: Width of a code, 1 to 8.
+        group_size: Weights that share a scale, along the last axis; the last group of a row may
+            be short. 0 is one group per row (per output channel).
+        symmetric: Whether zero points are absent.
+        scale_dtype: float16, bfloat16 or float32. Codes are chosen after scales are rounded to it.
+
+    Raises:
+        RecipeError: If a field is out of its range.
+    """
+
+    bits: int
+    group_size: int = 0
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise RecipeError(
+                f"integer formats have 1 to 8 bits, not {self.bits}",
+                remedy="write a format such as int4-g64 or int8",
+            )
+        if self.group_size < 0:
+            raise RecipeError(
+                f"a group size is positive, or 0 for one group per row, not {self.group_size}",
+                remedy="write a format such as int4-g64",
+            )
+        if self.scale_dtype not in SCALE_DTYPES.values():
+            raise RecipeError(
+                f"scales are stored as {', '.join(SCALE_DTYPES)}, not as {self.scale_dtype}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Such as ``int4-g64-asym-bf16``; what is left out is per row, symmetric, fp16."""
+        parts = [f"int{self.bits}"]
+        if self.group_size:
+            parts.append(f"g{self.group_size}")
+        if not self.symmetric:
+            parts.append("asym")
+        parts += [
+            name
+            for name, dtype in SCALE_DTYPES.items()
+            if dtype == self.scale_dtype and dtype != torch.float16
+        ]
+        return "-".join(parts)
+
+    @property
+    def grid(self) -> ScalarGrid:
+        """The arithmetic of this format, for algorithms that choose codes themselves."""
+        return ScalarGrid(self.bits, self.group_size, self.symmetric, self.scale_dtype)
+
+    def encode(
+        self, weight: Tensor, *, scale_search: ScaleSearch = "absmax", name: str = "weight"
+    ) -> QuantizedWeight:
+        """Rounds a weight to nearest; see `Format.encode` and `ScalarGrid.round`.
+
+        Args:
+            weight: [..., K], any float dtype.
+            scale_search: How scales are chosen.
+            name: What error messages call the weight.
+
+        Raises:
+            ModelError: The weight is not finite, or a scale is too large for `scale_dtype`.
+        """
+        rounded = self.grid.round(weight, scale_search, name)
+        tensors = {"codes": rounded.codes, "scale": rounded.scale}
+        if rounded.zero_point is not None:
+            tensors["zero_point"] = rounded.zero_point
+        return QuantizedWeight(self, tuple(weight.shape), tensors)
+
+    def decode(self, quantized: QuantizedWeight) -> Tensor:
+        """The stored values, float32 [..., K]."""
+        tensors = quantized.tensors
+        return dequantize(
+            tensors["codes"],
+            tensors["scale"],
+            tensors.get("zero_point"),
+            self.bits,
+            self.group_size,
+        )
+
+    def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """One code per weight [..., K]; one scale and, if asymmetric, zero point per group [..., G]."""
+        grouped = (*shape[:-1], group_count(shape[-1], self.group_size))
+        specs = {
+            "codes": TensorSpec(shape, torch.uint8),
+            "scale": TensorSpec(grouped, self.scale_dtype),
+        }
+        if not self.symmetric:
+            specs["zero_point"] = TensorSpec(grouped, torch.uint8)
+        return specs
+
+    def stored_bits(self, shape: tuple[int, ...]) -> int:
+        """`bits` for each code and each zero point, and the scales; no padding."""
+        specs = self.tensors(shape)
+        bits = specs["codes"].elements * self.bits + specs["scale"].bytes * 8
+        if "zero_point" in specs:
+            bits += specs["zero_point"].elements * self.bits
+        return bits
