@@ -1,0 +1,240 @@
+"""What a recipe consists of: the classes that check it and that passes take their options from."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, TypeGuard
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from qcompile.errors import QCompileError
+
+FLOAT: Final = "float"
+"""The name that stands for "not quantized" where a format may be given."""
+
+
+class _Strict(BaseModel):
+    """A frozen value whose unknown keys are refused with a suggestion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: object) -> object:
+        unknown = [k for k in data if k not in cls.model_fields] if is_mapping(data) else []
+        if unknown:
+            errors: list[InitErrorDetails] = [
+                {
+                    "type": PydanticCustomError(
+                        "unknown_key",
+                        "unknown key '{key}'",
+                        {"key": str(key), "remedy": suggest(str(key), cls.model_fields)},
+                    ),
+                    "loc": (str(key),),
+                    "input": None,
+                }
+                for key in unknown
+            ]
+            raise ValidationError.from_exception_data(cls.__name__, errors)
+        return data
+
+
+def _canonical_format(name: str) -> str:
+    from qcompile.formats import parse_format  # pulls in torch, which reading a recipe need not
+
+    try:
+        return str(parse_format(name))
+    except QCompileError as error:
+        raise _custom_error("format", error.message, error.remedy) from error
+
+
+def _canonical_format_or_float(name: str) -> str:
+    return FLOAT if name == FLOAT else _canonical_format(name)
+
+
+def _non_empty(pattern: str) -> str:
+    if not pattern:
+        raise _custom_error("pattern", "an empty pattern matches no name", "leave it out")
+    return pattern
+
+
+WeightFormat = Annotated[str, AfterValidator(_canonical_format)]
+"""A weight format by name, such as ``"int4-g64-asym-bf16"``; kept in its canonical spelling."""
+
+WeightFormatOrFloat = Annotated[str, AfterValidator(_canonical_format_or_float)]
+"""A weight format by name, or ``"float"`` for a weight that stays as it is."""
+
+Pattern = Annotated[str, AfterValidator(_non_empty)]
+"""A shell-style pattern (``*``, ``?``, ``[...]``) on a weight's name in the checkpoint."""
+
+
+class StepOptions(_Strict):
+    """The options of one step; every step has its own subclass."""
+
+
+class WeightOverride(_Strict):
+    """The format of the weights that a pattern matches.
+
+    Attributes:
+        match: Pattern on weight names.
+        format: Their format, or ``"float"`` to leave them as they are.
+    """
+
+    match: Pattern
+    format: WeightFormatOrFloat
+
+
+class QuantizeWeights(StepOptions):
+    """Step ``quantize_weights``: weights of linear and embedding layers become codes.
+
+    Attributes:
+        format: Format of all weights that nothing below names.
+        method: How codes are chosen; ``"rtn"`` rounds to the nearest.
+        scale_search: What scales minimize: the clipping (``"absmax"``: none is clipped) or the
+            squared error (``"mse"``: slower, better below 8 bit).
+        ignore: Patterns on names of weights that stay float.
+        embedding: Format of the token embedding. None: that of ``lm_head`` where both are one
+            tensor, else it stays float.
+        lm_head: Format of the output projection to the vocabulary. None: ``format``.
+        overrides: Formats by pattern; the last match wins, over all of the above but ``ignore``.
+    """
+
+    format: WeightFormat
+    method: Literal["rtn"] = "rtn"
+    scale_search: Literal["absmax", "mse"] = "absmax"
+    ignore: tuple[Pattern, ...] = ()
+    embedding: WeightFormatOrFloat | None = None
+    lm_head: WeightFormatOrFloat | None = None
+    overrides: tuple[WeightOverride, ...] = ()
+
+
+class QuantizeActivations(StepOptions):
+    """Step ``quantize_activations``: inputs of linears with quantized weights become codes.
+
+    Scales are dynamic: they are computed from each input as it comes.
+
+    Attributes:
+        format: Format of the codes; symmetric ``"int8"``.
+        granularity: One scale per ``"token"``, or per token and ``"group"`` of the weight.
+        ignore: Patterns on names of weights whose inputs stay float.
+    """
+
+    format: Literal["int8"] = "int8"
+    granularity: Literal["token", "group"] = "token"
+    ignore: tuple[Pattern, ...] = ()
+
+
+STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
+    {"quantize_weights": QuantizeWeights, "quantize_activations": QuantizeActivations}
+)
+"""Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
+
+
+class Step(BaseModel):
+    """One step of a recipe, ``{name: options}`` in YAML and JSON.
+
+    Attributes:
+        name: A key of `STEPS`.
+        options: An instance of the class that stands there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    options: SerializeAsAny[StepOptions]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_mapping(cls, data: object) -> object:
+        if isinstance(data, str):
+            data = {data: None}
+        if not is_mapping(data) or set(data) == {"name", "options"}:
+            return data
+        if len(data) != 1:
+            raise _custom_error(
+                "step",
+                f"a step is one name and its options, not {len(data)} keys",
+                "write every step as a list item of its own: '- step: {option: value}'",
+            )
+        ((name, options),) = data.items()
+        if name not in STEPS:
+            raise _custom_error("step", f"unknown step '{name}'", suggest(str(name), STEPS))
+        return {"name": name, "options": STEPS[name].model_validate(options or {})}
+
+    @model_serializer
+    def _to_mapping(self) -> dict[str, Any]:
+        return {self.name: self.options.model_dump(mode="json")}
+
+
+class Recipe(_Strict):
+    """An ordered list of steps under a name.
+
+    Attributes:
+        name: Letters, digits, ``.``, ``_`` and ``-``.
+        description: One line for the user who chooses.
+        steps: What happens, in this order. None at all compiles the float program.
+    """
+
+    name: str = Field(default="custom", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
+    description: str = Field(default="", max_length=1000)
+    steps: tuple[Step, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Recipe:
+        names = [step.name for step in self.steps]
+        for name in names:
+            if names.count(name) > 1:
+                raise _custom_error(
+                    "order",
+                    f"step '{name}' stands {names.count(name)} times",
+                    "keep one; its options say what differs by layer",
+                )
+        if "quantize_activations" in names and (
+            "quantize_weights" not in names[: names.index("quantize_activations")]
+        ):
+            raise _custom_error(
+                "order",
+                "quantize_activations needs a quantize_weights step before it",
+                "put quantize_weights before it",
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe with all defaults filled in, as JSON values; `load_recipe` takes it back."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The recipe with all defaults filled in, as the YAML of a recipe file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A remedy for a word that is not known: the closest one that is, and all the others."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    choice = f"known: {', '.join(names)}" if names else "there is none"
+    return f"did you mean '{close[0]}'? ({choice})" if close else choice
+
+
+def _custom_error(kind: str, message: str, remedy: str | None) -> PydanticCustomError:
+    """A complaint whose text may hold braces, which pydantic would take for placeholders."""
+    context = {"message": message} if remedy is None else {"message": message, "remedy": remedy}
+    return PydanticCustomError(kind, "{message}", context)
+
+
+def is_mapping(value: object) -> TypeGuard[Mapping[str, object]]:
+    """Whether ``value`` is a mapping, as type checkers understand it."""
+    return isinstance(value, Mapping)
