@@ -113,7 +113,7 @@ class IntegerFormat(Format):
         )
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """One code per weight [..., K]; one scale and, if asymmetric, zero point per group [..., G]."""
+        """Codes [..., K] uint8, one scale and (asymmetric) zero point uint8 per group [..., G]."""
         grouped = (*shape[:-1], group_count(shape[-1], self.group_size))
         specs = {
             "codes": TensorSpec(shape, torch.uint8),

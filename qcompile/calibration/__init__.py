@@ -1,0 +1,1 @@
+"""Text that statistics and figures come from."""
