@@ -49,6 +49,7 @@ __all__ = [
     "WeightOverride",
     "load_recipe",
     "parse_setting",
+    "recipe_descriptions",
     "recipe_names",
 ]
 
@@ -81,6 +82,15 @@ def load_recipe(
 def recipe_names() -> tuple[str, ...]:
     """The names of the recipes that qcompile brings along, in alphabetical order."""
     return tuple(sorted(path.stem for path in _NAMED_RECIPES.glob("*.yaml")))
+
+
+def recipe_descriptions() -> dict[str, str]:
+    """What each of `recipe_names` does, in a line; checks nothing else, and needs no torch."""
+    descriptions = {}
+    for name in recipe_names():
+        data = parse_yaml(_read_file(_NAMED_RECIPES / f"{name}.yaml"), source=name).data
+        descriptions[name] = str(data.get("description", "")) if is_mapping(data) else ""
+    return descriptions
 
 
 def parse_setting(text: str) -> tuple[str, object]:

@@ -70,9 +70,10 @@ def export(
     """
     try:
         with evaluation_mode(model), torch.no_grad():
-            return torch.export.export(
+            exported = torch.export.export(
                 model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
             )
+            return exported.run_decompositions({}) if _writes_in_place(exported) else exported
     except QUIETABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -83,6 +84,18 @@ def export(
 
 QUIETABLE = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError)
 """What `torch.export` raises for models it cannot trace."""
+
+
+def _writes_in_place(exported: torch.export.ExportedProgram) -> bool:
+    """Whether the trace needs to be made functional (which costs a second trace)."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and node.target._schema.is_mutable
+        and node.target is not torch.ops.aten.detach_.default
+        for module in exported.graph_module.modules()
+        if isinstance(module, fx.GraphModule)
+        for node in module.graph.nodes
+    )
 
 
 def unlifted_graph(
@@ -137,6 +150,8 @@ def _inline(
             mapping[node] = mapping[node.args[0]][node.args[1]]
         elif node.op == "call_module":
             continue  # the guards' module, which checks and computes nothing
+        elif node.target is torch.ops.aten.detach_.default:
+            mapping[node] = mapping[node.args[0]]  # what lifted constants come wrapped in
         else:
             copied = graph.node_copy(node, lambda operand: mapping[operand])
             mapping[node] = copied

@@ -1,0 +1,1 @@
+"""Weights and activations become codes; what that costs in bits."""

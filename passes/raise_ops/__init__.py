@@ -1,0 +1,1 @@
+"""From ATen to the dialect, by what a region computes."""

@@ -1,0 +1,408 @@
+"""The command line: ``qcompile compile``, ``run``, ``eval`` and ``recipes``.
+
+Commands parse their arguments, call the public function of the same name and print what it
+returns. torch is imported inside commands, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qcompile.errors import QCompileError, RecipeError
+from qcompile.recipe import (
+    DEFAULT_RECIPE,
+    load_recipe,
+    parse_setting,
+    recipe_descriptions,
+    recipe_names,
+)
+
+if TYPE_CHECKING:
+    from qcompile.artifact import Artifact
+    from qcompile.generation import GenerationKwargs
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
+
+BROKEN_PIPE = 141
+"""Exit code when the reader of stdout has gone: 128 + SIGPIPE."""
+
+app = typer.Typer(
+    name="qcompile",
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads to use; default: one per core.")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: Arguments without the program's name; default: those of this process.
+
+    Returns:
+        The exit code: 0, that of the `QCompileError`, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    from qcompile import console
+
+    console.prepare_streams()
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = app(args=arguments, prog_name="qcompile", standalone_mode=False)
+        sys.stdout.flush()
+    except QCompileError as error:
+        if os.environ.get("QCOMPILE_TRACEBACK") == "1":
+            raise
+        return _fail(arguments, type(error).__name__, error.message, error.remedy, error.exit_code)
+    except typer.TyperException as error:
+        return _fail(arguments, "UsageError", *_usage_message(error), exit_code=2)
+    except BrokenPipeError:
+        console.discard_stdout()
+        return BROKEN_PIPE
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # typer exits on one by itself
+            raise
+        console.discard_stdout()
+        return BROKEN_PIPE
+    except (typer.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except (OSError, MemoryError) as error:  # of the machine, not of qcompile
+        return _fail(arguments, type(error).__name__, str(error) or "out of memory", None, 1)
+    if code == INTERRUPTED:
+        return _fail(arguments, "Interrupted", "interrupted", None, INTERRUPTED)
+    return int(code or 0)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compile a float model into a deployable low-bit one."""
+    if version:
+        import qcompile
+
+        print(f"qcompile {qcompile.__version__}")
+        raise typer.Exit
+
+
+@app.command(
+    "compile",
+    epilog="Example: qcompile compile HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2/ "
+    "--set quantize_weights.format=int4-g64",
+)
+def compile_command(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write the artifact to.")
+    ],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")
+    ] = DEFAULT_RECIPE,
+    target: Annotated[str, typer.Option("--target", "-t", help="What will run it.")] = "cpu",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Set an option; repeatable."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
+    ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Accept a quantized checkpoint: decode it first.")
+    ] = False,
+    threads: ThreadsOption = None,
+    json_: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Compile MODEL into an artifact: quantized, lowered to a target, ready to run."""
+    overrides = dict(parse_setting(setting) for setting in settings or [])
+    from qcompile import compiler, console
+
+    with console.show_progress(quiet=quiet) as progress:
+        artifact = compiler.compile(
+            model,
+            recipe=recipe,
+            target=target,
+            output=output,
+            overrides=overrides,
+            overwrite=overwrite,
+            threads=threads,
+            dequantize=dequantize,
+            progress=progress,
+        )
+    if json_:
+        console.print_json(_compile_document(artifact))
+    else:
+        console.print_pairs(_compile_rows(artifact), title=f"compiled to {artifact.path}")
+
+
+@app.command(epilog="Example: qcompile run smollm2/ 'The capital of France is' --raw")
+def run(
+    artifact: Annotated[Path, typer.Argument(help="Directory that 'qcompile compile' wrote.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="Text to answer. None: read stdin, or chat on a terminal."),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Treat the prompt as a chat message, or continue it as it is. "
+            "Default: chat where the model has a template.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="The most tokens to add.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; above, sampled.")
+    ] = 0.0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample among this many tokens only.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among tokens that hold this probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable.")
+    ] = None,
+    threads: ThreadsOption = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Generate text with an artifact, printed as it comes."""
+    from qcompile import console
+    from qcompile.artifact import load
+
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read().rstrip("\n")
+    if prompt is None and json_:
+        raise RecipeError("--json needs a prompt", remedy="pass PROMPT, or pipe it in")
+    if prompt == "":
+        raise RecipeError("the prompt is empty", remedy="pass PROMPT, or pipe some text in")
+
+    loaded = load(artifact, threads=threads)
+    options: GenerationKwargs = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or (),
+    }
+    as_chat = loaded.tokenizer.has_chat_template if chat is None else chat
+    if prompt is None:
+        _converse(loaded, options, as_chat=as_chat)
+        return
+    request: str | list[dict[str, str]] = prompt
+    if as_chat:
+        request = [{"role": "user", "content": prompt}]
+    if json_:
+        console.print_json(_completion_document(loaded, request, options))
+    else:
+        _print_stream(loaded.stream(request, **options))
+
+
+@app.command(
+    "eval", epilog="Example: qcompile eval smollm2/ --reference SmolLM2-135M-Instruct.Q4_1.gguf"
+)
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model or an artifact.")],
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text file; default: English that Python has.")
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", help="Model or artifact to measure divergence from."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=2, help="The most tokens to score.")] = 16384,
+    json_: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Measure perplexity on a text and, given a reference, KL divergence and top-1 agreement."""
+    from qcompile import compiler, console
+
+    with console.show_progress(quiet=quiet) as progress:
+        evaluation = compiler.evaluate(
+            model,
+            text,
+            reference=reference,
+            window=window,
+            max_tokens=max_tokens,
+            progress=progress,
+        )
+    document = evaluation.to_dict()
+    if json_:
+        console.print_json(document)
+    else:
+        console.print_pairs(
+            [(_label(k), _value(k, v)) for k, v in document.items() if v is not None]
+        )
+
+
+@app.command(epilog="Example: qcompile recipes w4a8-rtn > mine.yaml")
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Recipe to print in full; a name or a YAML file.")
+    ] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """List the recipes, or print one as YAML to start your own from."""
+    from qcompile import console
+
+    if name is not None:
+        recipe = load_recipe(name)
+        if json_:
+            console.print_json(recipe.to_dict())
+        else:
+            sys.stdout.write(recipe.to_yaml())
+        return
+    if json_:
+        console.print_json([load_recipe(known).to_dict() for known in recipe_names()])
+    else:
+        console.print_table(("recipe", "what it does"), list(recipe_descriptions().items()))
+
+
+# --- What commands print ---------------------------------------------------------------------
+
+
+def _compile_document(artifact: Artifact) -> dict[str, object]:
+    manifest = artifact.manifest
+    return {
+        "artifact": str(artifact.path),
+        "target": manifest.target,
+        "model": manifest.model.model_dump(mode="json"),
+        "recipe": manifest.recipe,
+        "bits": manifest.bits,
+        "bytes": sum(file.bytes for file in manifest.files.values()),
+        "report": artifact.report,
+    }
+
+
+def _compile_rows(artifact: Artifact) -> list[tuple[str, str]]:
+    manifest = artifact.manifest
+    rows = [
+        ("model", manifest.model.name),
+        ("recipe", str(manifest.recipe.get("name", "custom"))),
+        ("target", manifest.target),
+    ]
+    rows += _rows(manifest.bits)
+    rows += _rows(artifact.report)
+    total = sum(file.bytes for file in manifest.files.values())
+    return [*rows, ("artifact", f"{artifact.path} ({_value('bytes', total)})")]
+
+
+def _rows(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The numbers and texts of a nested mapping with readable names; lists are left to JSON."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _rows(value, prefix=f"{prefix}{_label(key)}: ")
+        elif isinstance(value, (bool, int, float, str)):
+            yield f"{prefix}{_label(key)}", _value(key, value)
+
+
+def _label(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _value(key: str, value: object) -> str:
+    from qcompile import console
+
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if key.endswith("bytes"):
+        return console.size_text(value)
+    if key.endswith("seconds"):
+        return console.seconds_text(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _completion_document(
+    artifact: Artifact, prompt: str | list[dict[str, str]], options: GenerationKwargs
+) -> dict[str, object]:
+    started = time.perf_counter()
+    completion = artifact.stream(prompt, **options).completion
+    return {
+        "prompt": prompt,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "new_tokens": len(completion.token_ids),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _print_stream(pieces: Iterable[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+
+
+def _converse(artifact: Artifact, options: GenerationKwargs, *, as_chat: bool) -> None:
+    """Answers what is typed, line by line, until the end of input; a chat remembers its turns."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  gives input() a history and editing
+
+    print("Type a message; Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        answer = artifact.stream(messages if as_chat else line, **options)
+        said: list[str] = []
+        try:
+            _print_stream(_kept(answer, said))
+        except KeyboardInterrupt:
+            print()
+        messages.append({"role": "assistant", "content": "".join(said)})
+
+
+def _kept(pieces: Iterable[str], kept: list[str]) -> Iterator[str]:
+    """Passes pieces on and keeps them, so that they outlive an interruption."""
+    for piece in pieces:
+        kept.append(piece)
+        yield piece
+
+
+def _fail(
+    arguments: Sequence[str], kind: str, message: str, remedy: str | None, exit_code: int
+) -> int:
+    """Reports an error on stderr and, for commands with ``--json``, on stdout."""
+    from qcompile import console
+
+    # Not from the command's own parameters: wrong usage fails before they are known.
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--json" in arguments[:end]:
+        console.print_json(console.error_document(kind, message, remedy, exit_code))
+    console.print_error(message, remedy)
+    return exit_code
+
+
+def _usage_message(error: typer.TyperException) -> tuple[str, str]:
+    command = getattr(getattr(error, "ctx", None), "command_path", "qcompile")
+    return error.format_message().rstrip("."), f"see '{command} --help'"
