@@ -70,6 +70,7 @@ def build_config(
             remedy="fetch the file again",
         )
     config = _read_by_transformers(header, architecture)
+    config.name_or_path = str(header.path)
     _add_sizes(config, header)
     _add_biases(config, header)
     if architecture == "llama" and hasattr(config, "sliding_window"):
