@@ -87,18 +87,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
-@app.callback()
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Compile a float model into a deployable low-bit one."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         import qcompile
 
         print(f"qcompile {qcompile.__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print and exit."),
+    ] = False,
+) -> None:
+    """Compile a float model into a deployable low-bit one."""
 
 
 @app.command(
