@@ -1,0 +1,245 @@
+"""Decoders on the CPU: a batch of texts that grows inside a model.
+
+`CachedDecoder` owns the buffers of the key/value cache and binds each of them as an input *and*
+as the matching output of the model, so that attention appends to it in place. Per token, only
+the few small inputs are written; caches are bound again when they grow, which is rare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from qcompile.manifest import Role, Signature, ValueInfo
+
+PREFILL_CHUNK = 512
+"""Tokens per row that are run at once: bounds the memory that a long prompt needs."""
+
+_CAPACITY_STEP = 64
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Tokens for every row of a batch, each array ``[batch, query]`` int64.
+
+    Attributes:
+        ids: Token ids.
+        mask: 0 where a token is padding; None means no padding.
+        positions: Positions; None counts the real tokens of a row.
+        types: Token type ids; None means 0.
+    """
+
+    ids: IntArray
+    mask: IntArray | None = None
+    positions: IntArray | None = None
+    types: IntArray | None = None
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, TokenBatch]]:
+        """The batch cut along the query axis, each part with the columns that it holds."""
+        for start in range(0, self.ids.shape[1], size):
+            columns = slice(start, min(start + size, self.ids.shape[1]))
+            mask, positions, types = (
+                None if array is None else array[:, columns]
+                for array in (self.mask, self.positions, self.types)
+            )
+            yield columns, TokenBatch(self.ids[:, columns], mask, positions, types)
+
+
+class CachedDecoder:
+    """Texts in a model with a key/value cache.
+
+    Args:
+        runtime: The loaded model.
+        signature: Its inputs and outputs.
+        batch: Number of texts.
+        capacity: Tokens per text that are expected; more will grow the cache.
+    """
+
+    def __init__(
+        self,
+        runtime: onnxruntime.InferenceSession,
+        signature: Signature,
+        batch: int,
+        capacity: int,
+    ) -> None:
+        self._runtime = runtime
+        self._binding = runtime.io_binding()
+        self._inputs = {value.role: value for value in signature.inputs}
+        self._pairs = signature.cache_pairs()
+        self._logits = _logits_of(signature)
+        self._buffers: dict[str, npt.NDArray[Any]] = {}
+        self._batch = batch
+        self._length = 0
+        self._capacity = 0
+        # Written once per token; a column is 0 where a row was fed padding.
+        self._mask = np.empty((batch, 0), np.int64)
+        self._real_tokens = np.zeros((batch, 1), np.int64)
+        self._reserve(capacity)
+
+    @property
+    def length(self) -> int:
+        """Tokens per row so far, padding included."""
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row that fit before the cache must grow."""
+        return self._capacity
+
+    def advance(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Append ``[batch, query]`` tokens; logits after the last, ``[batch, vocabulary]``."""
+        for _, part in TokenBatch(input_ids, mask).chunks(PREFILL_CHUNK):
+            logits = self.append(part, count=1)
+        return logits[:, -1]
+
+    def append(self, tokens: TokenBatch, *, count: int) -> FloatArray:
+        """Append tokens in one run of the model.
+
+        Args:
+            tokens: What to append.
+            count: Of how many last positions logits are needed.
+
+        Returns:
+            ``[batch, count or more, vocabulary]``; overwritten by the next call.
+        """
+        query = tokens.ids.shape[1]
+        total = self._length + query
+        self._reserve(total)
+        self._mask[:, self._length : total] = 1 if tokens.mask is None else tokens.mask
+        counted = self._real_tokens + np.cumsum(self._mask[:, self._length : total], axis=1)
+        self._real_tokens = counted[:, -1:]
+        positions = tokens.positions
+        self._feed("input_ids", tokens.ids)
+        self._feed("attention_mask", self._mask[:, :total])
+        self._feed("position_ids", np.maximum(counted - 1, 0) if positions is None else positions)
+        if "token_type_ids" in self._inputs:
+            types = tokens.types
+            self._feed("token_type_ids", np.zeros_like(tokens.ids) if types is None else types)
+        self._feed("num_logits", np.array([count]))
+        logits = self._logits_buffer(count if "num_logits" in self._inputs else query)
+        self._runtime.run_with_iobinding(self._binding)
+        self._length = total
+        return logits
+
+    def _feed(self, role: Role, array: npt.NDArray[Any]) -> None:
+        """Copy a small input where the model reads it, if it has such an input."""
+        value = self._inputs.get(role)
+        if value is None:
+            return
+        held = self._buffers.get(value.name)
+        if held is not None and held.shape == array.shape:
+            np.copyto(held, array)
+            return
+        held = np.array(array, dtype=value.dtype, order="C")
+        self._buffers[value.name] = held
+        self._bind_input(value.name, held)
+
+    def _logits_buffer(self, count: int) -> FloatArray:
+        shape = (self._batch, count, *_sizes(self._logits.shape[2:]))
+        held = self._buffers.get(self._logits.name)
+        if held is None or held.shape != shape:
+            held = np.empty(shape, np.dtype(self._logits.dtype))
+            self._buffers[self._logits.name] = held
+            self._bind_output(self._logits.name, held)
+        return held
+
+    def _reserve(self, total: int) -> None:
+        """Make room for `total` tokens per row; doubles, so that growing is rare."""
+        if total <= self._capacity:
+            return
+        old = self._capacity
+        wanted = max(total, 2 * old)
+        self._capacity = -(-wanted // _CAPACITY_STEP) * _CAPACITY_STEP
+        mask = np.ones((self._batch, self._capacity), np.int64)
+        mask[:, :old] = self._mask
+        self._mask = mask
+        for past, present in self._pairs:
+            shape, axis = _cache_shape(past, self._batch, self._capacity)
+            # Zeros are only committed by the system once they are written.
+            cache = np.zeros(shape, past.dtype)
+            if old:
+                filled = (slice(None),) * axis + (slice(self._length),)
+                cache[filled] = self._buffers[past.name][filled]
+            self._buffers[past.name] = cache
+            self._bind_input(past.name, cache)
+            self._bind_output(present.name, cache)
+
+    def _bind_input(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def _bind_output(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+class RecomputingDecoder:
+    """Texts in a causal model without a cache: every token runs the whole text again.
+
+    Args:
+        runtime: The loaded model.
+        signature: Its inputs and outputs.
+        batch: Number of texts.
+    """
+
+    def __init__(
+        self, runtime: onnxruntime.InferenceSession, signature: Signature, batch: int
+    ) -> None:
+        self._runtime = runtime
+        self._signature = signature
+        self._ids = np.empty((batch, 0), np.int64)
+        self._mask = np.empty((batch, 0), np.int64)
+
+    def advance(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
+        """Append ``[batch, query]`` tokens; logits after the last, ``[batch, vocabulary]``."""
+        mask = np.ones_like(input_ids) if mask is None else mask
+        self._ids = np.concatenate([self._ids, input_ids], axis=1)
+        self._mask = np.concatenate([self._mask, mask], axis=1)
+        tokens = TokenBatch(self._ids, self._mask)
+        return run_without_cache(self._runtime, self._signature, tokens, count=1)[:, -1]
+
+
+def run_without_cache(
+    runtime: onnxruntime.InferenceSession, signature: Signature, tokens: TokenBatch, *, count: int
+) -> FloatArray:
+    """Run a model that has no cache on whole texts.
+
+    Returns:
+        ``[batch, count or more, vocabulary]`` logits of the last positions.
+    """
+    mask = np.ones_like(tokens.ids) if tokens.mask is None else tokens.mask
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    values: dict[Role, npt.NDArray[Any]] = {
+        "input_ids": tokens.ids,
+        "attention_mask": mask,
+        "position_ids": positions if tokens.positions is None else tokens.positions,
+        "token_type_ids": np.zeros_like(tokens.ids) if tokens.types is None else tokens.types,
+        "num_logits": np.array([count]),
+    }
+    feeds = {
+        value.name: np.ascontiguousarray(values[value.role], dtype=value.dtype)
+        for value in signature.inputs
+    }
+    logits: FloatArray = runtime.run([_logits_of(signature).name], feeds)[0]
+    return logits
+
+
+def _logits_of(signature: Signature) -> ValueInfo:
+    return next(value for value in signature.outputs if value.role == "logits")
+
+
+def _cache_shape(value: ValueInfo, batch: int, capacity: int) -> tuple[tuple[int, ...], int]:
+    """The shape of a cache, and the axis that holds the tokens: the symbolic one but the first."""
+    axis = next(i for i, size in enumerate(value.shape) if i and isinstance(size, str))
+    before, after = _sizes(value.shape[1:axis]), _sizes(value.shape[axis + 1 :])
+    return (batch, *before, capacity, *after), axis
+
+
+def _sizes(shape: tuple[int | str, ...]) -> list[int]:
+    return [size for size in shape if isinstance(size, int)]
