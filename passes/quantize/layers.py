@@ -17,6 +17,14 @@ from qcompile.ir.types import Role
 LINEAR = torch.ops.aten.linear.default
 EMBEDDING = torch.ops.aten.embedding.default
 
+_aten = torch.ops.aten
+_SAME_VALUES = frozenset(
+    {_aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.expand.default}
+    | {_aten.squeeze.dim, _aten.slice.Tensor, _aten.clone.default, _aten.contiguous.default}
+    | {_aten.flatten.using_ints, _aten._to_copy.default, _aten.to.dtype, _aten.alias.default}
+)
+"""Operators that keep token ids what they are: they move or cast them."""
+
 _NOT_TOKENS = frozenset({Role.POSITION_IDS, Role.TOKEN_TYPE_IDS, Role.ATTENTION_MASK})
 
 
@@ -108,7 +116,7 @@ def _part(
     if user.target == EMBEDDING and user.args[0] is reference:
         indices = user.args[1]
         assert isinstance(indices, fx.Node)
-        origin = list(_chain(indices))[-1]
+        origin = next(n for n in _chain(indices) if n.target not in _SAME_VALUES)
         tokens = origin in roles and roles[origin] not in _NOT_TOKENS
         return Part.TOKEN_EMBEDDING if tokens else Part.OTHER_EMBEDDING
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -12,6 +13,7 @@ from qcompile.errors import EquivalenceError
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
+from qcompile.ir.types import Role
 
 PYTHON_OPERATORS = frozenset(
     {operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg}
@@ -100,18 +102,37 @@ def _verify_call(node: fx.Node) -> None:
 
 def _verify_shapes(program: Program) -> None:
     editor = Editor(program)
+    known = size_identities(program)
     for node in program.calls():
-        expected, found = editor.infer(node), node.meta["val"]
-        if _shape(expected) != _shape(found):
+        expected, found = _shape(editor.infer(node), known), _shape(node.meta["val"], known)
+        if expected != found:
             raise MalformedProgramError(
-                f"node '{node.name}' ({format_target(node.target)}) says {_shape(found)}, "
-                f"its shape rule gives {_shape(expected)}"
+                f"node '{node.name}' ({format_target(node.target)}) says {found}, "
+                f"its shape rule gives {expected}"
             )
 
 
-def _shape(value: Any) -> Any:
+def size_identities(program: Program) -> dict[Any, Any]:
+    """What the signature says of symbolic sizes: a mask is as long as past and query together."""
+    sizes = {
+        port.role: node.meta["val"].shape
+        for node, port in zip(program.inputs, program.signature.inputs, strict=True)
+        if isinstance(node.meta["val"], Tensor)
+    }
+    needed = (Role.INPUT_IDS, Role.ATTENTION_MASK, Role.PAST_KEY)
+    if any(role not in sizes for role in needed):
+        return {}
+    query, total, past = sizes[needed[0]][1], sizes[needed[1]][1], sizes[needed[2]][2]
+    if not all(isinstance(size, torch.SymInt) for size in (query, total, past)):
+        return {}
+    return {total.node.expr: past.node.expr + query.node.expr}
+
+
+def _shape(value: Any, known: dict[Any, Any]) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype, tuple(str(size) for size in value.shape)
+        return value.dtype, tuple(_shape(size, known) for size in value.shape)
     if isinstance(value, (list, tuple)):
-        return [_shape(item) for item in value]
+        return [_shape(item, known) for item in value]
+    if isinstance(value, torch.SymInt):
+        return str(sympy.expand(value.node.expr.subs(known)))
     return str(value)

@@ -1,0 +1,187 @@
+"""Single-entry regions of a graph, and running them on chosen numbers.
+
+Raising asks of a region not how it is spelled but what it computes: it finds the value that the
+region depends on, runs the region in float64 on random numbers, and compares with the operator
+that it might be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.program import Program
+from qcompile.ir.verify import size_identities
+
+TOLERANCE = 1e-10
+"""Relative error in float64 up to which a region counts as the operator it was compared with."""
+
+_SIZES = (3, 5, 7, 11, 13, 17)
+"""Values given to symbolic sizes in order: different, so that a mix-up of axes shows."""
+
+_MAX_PROBED_WEIGHT = 1 << 20
+"""Weights with more elements are never read for a probe: regions hold gains, not matrices."""
+
+
+class NotClosedError(Exception):
+    """A region needs a value that was not given."""
+
+
+class Probe:
+    """Runs parts of a program in float64.
+
+    Args:
+        program: The program; not changed.
+        seed: For the random inputs.
+    """
+
+    def __init__(self, program: Program, seed: int = 0) -> None:
+        self.program = program
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sizes = _assign_sizes(program)
+        self._weights: dict[str, Tensor] = {}
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """The shape of a node, with numbers for the symbols."""
+        return tuple(self.size(size) for size in node.meta["val"].shape)
+
+    def size(self, size: int | torch.SymInt) -> int:
+        """A size, with numbers for the symbols."""
+        if isinstance(size, int):
+            return size
+        return int(size.node.expr.subs(self._sizes))
+
+    def random(self, node: fx.Node, scale: float = 1.0) -> Tensor:
+        """Random float64 numbers in the shape of a node."""
+        shape = self.shape(node)
+        return scale * torch.randn(shape, generator=self._generator, dtype=torch.float64)
+
+    def run(self, output: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+        """The value of `output` when the `given` nodes have the given values.
+
+        Raises:
+            NotClosedError: If it depends on an input of the program that is not given.
+        """
+        values: dict[fx.Node, Any] = dict(given)
+        for node in _backward(output, stop=set(given)):
+            values[node] = self._value(node, values)
+        return values[output]
+
+    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self._weight(str(node.target))
+        if node.op != "call_function":
+            raise NotClosedError(node.name)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
+            (args, kwargs), lambda v: torch.float64 if v is torch.float32 else v
+        )
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _weight(self, name: str) -> Tensor:
+        if self.program.weights.spec(name).elements > _MAX_PROBED_WEIGHT:
+            raise NotClosedError(name)
+        if name not in self._weights:
+            self._weights[name] = self.program.weights.materialize(name, torch.float64)
+        return self._weights[name]
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Max |difference| over max |expected|; infinite if shapes differ or a number is not finite."""
+    if found.shape != expected.shape or not bool(torch.isfinite(found).all()):
+        return float("inf")
+    scale = float(expected.abs().max())
+    return float((found - expected).abs().max()) / max(scale, 1e-30)
+
+
+def data_nodes(program: Program) -> set[fx.Node]:
+    """Nodes that depend on the tokens' content, as opposed to positions and masks.
+
+    Content enters through embeddings of the token ids and through floating inputs.
+    """
+    aten = torch.ops.aten
+    data: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            is_source = isinstance(value, Tensor) and value.dtype.is_floating_point
+        else:
+            is_source = node.target is aten.embedding.default and _reads_ids(node)
+        tensor_inputs = (n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
+        is_size = not isinstance(value, Tensor) and not isinstance(value, (list, tuple))
+        if is_source or (not is_size and any(n in data for n in tensor_inputs)):
+            data.add(node)
+    return data
+
+
+def dominators(node: fx.Node, within: set[fx.Node], limit: int = 40) -> list[fx.Node]:
+    """Nodes through which every path to `node` passes, nearest first.
+
+    Args:
+        node: The exit of a region.
+        within: Only these nodes count as paths (data, for instance).
+        limit: How many nodes back to look.
+    """
+    frontier = {n for n in node.all_input_nodes if n in within}
+    found: list[fx.Node] = []
+    for _ in range(limit):
+        if not frontier:
+            break
+        if len(frontier) == 1:
+            (only,) = frontier
+            found.append(only)
+            frontier = {n for n in only.all_input_nodes if n in within}
+        else:
+            latest = _latest(frontier)
+            frontier.remove(latest)
+            frontier |= {n for n in latest.all_input_nodes if n in within}
+    return found
+
+
+def snap(value: float, region: Iterable[fx.Node]) -> float:
+    """A fitted number, replaced by the literal in the region that it reproduces, if there is one."""
+    for node in region:
+        for literal in (*node.args, *node.kwargs.values()):
+            if isinstance(literal, float) and abs(literal - value) <= 1e-6 * abs(literal):
+                return literal
+    return value
+
+
+def _latest(nodes: set[fx.Node]) -> fx.Node:
+    """The last of some nodes in graph order."""
+    return max(nodes)
+
+
+def _reads_ids(node: fx.Node) -> bool:
+    """Whether an embedding looks up token ids (an input), rather than computed positions."""
+    ids = node.args[1]
+    return isinstance(ids, fx.Node) and ids.op == "placeholder" and "position" not in str(ids.target)
+
+
+def _backward(output: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
+    """Everything that `output` needs beyond `stop`, in graph order."""
+    needed: set[fx.Node] = set()
+    pending = [output]
+    while pending:
+        node = pending.pop()
+        if node not in needed and node not in stop:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    return sorted(needed)
+
+
+def _assign_sizes(program: Program) -> dict[sympy.Symbol, int]:
+    symbols: list[sympy.Symbol] = []
+    for node in program.inputs:
+        value = node.meta["val"]
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                new = sorted(size.node.expr.free_symbols - set(symbols), key=str)
+                symbols.extend(new)
+    numbers = {symbol: _SIZES[i % len(_SIZES)] for i, symbol in enumerate(symbols)}
+    identities = size_identities(program)
+    return numbers | {total: int(sizes.subs(numbers)) for total, sizes in identities.items()}
