@@ -1,0 +1,116 @@
+// The seam between operators and instruction sets: one table of functions per instruction set.
+//
+// Operators validate, split the work and call through a table; a table's functions are plain
+// single-threaded loops that trust their arguments. None of them depends on how the work was
+// split, so results are the same for every number of threads.
+#ifndef QCOMPILE_CPU_KERNEL_TABLE_H_
+#define QCOMPILE_CPU_KERNEL_TABLE_H_
+
+#include <cstdint>
+
+#include "packed_layout.h"
+
+namespace qcompile::cpu {
+
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kSigmoid, kTanh, kIdentity };
+
+// One row of float activations to int8 codes, per group or as one group.
+struct QuantizeRow {
+  const float* x;  // [k]
+  int64_t k;
+  int64_t padded_k;    // codes past k become 0
+  int64_t group_size;  // of the weight: one sum of codes per group
+  bool scale_per_group;
+  int8_t* codes;  // [padded_k]
+  int32_t* sums;  // [groups]
+  float* scales;  // [groups], or [1]
+};
+
+// y[row][column] for a range of rows and of 16-column blocks.
+struct LinearTile {
+  const PackedLayout* layout;
+  const uint8_t* weight;
+  int64_t block_begin, block_end;
+  int64_t row_begin, row_end;
+
+  // Float activations: rows of padded_k floats, zero past k.
+  const float* x;
+  int64_t x_stride;
+  // Integer activations: rows of padded_k codes, with their sums and scales per group.
+  const int8_t* codes;
+  const int32_t* sums;
+  const float* scales;
+  int64_t scales_per_row;  // groups, or 1
+
+  const float* bias;      // [n] or null
+  const float* residual;  // [rows, n] or null
+  float* y;               // [rows, n]
+  float* scratch;         // linear_scratch_floats(rows) floats; float activations only
+};
+
+// Softmax attention of a few query rows over one key/value head.
+struct AttentionTile {
+  // Rows are consecutive queries of one head, or consecutive heads of one query.
+  const float* q;  // first row, already rotated
+  int64_t q_stride;
+  float* out;
+  int64_t out_stride;
+  int64_t rows;
+  bool rows_are_heads;
+  int64_t first_position;  // position of the first row's query among the keys
+  int64_t head_dim, value_dim;
+
+  const float* keys;  // [total, head_dim]
+  int64_t key_stride;
+  const float* values;  // [total, value_dim]
+  int64_t value_stride;
+  int64_t total;
+
+  const float* mask;  // [total] zero where a key is hidden, or null
+  const float* bias;  // first row's additive bias, [total], or null
+  int64_t bias_stride;
+  const float* sinks;  // first row's extra logit, or null
+  int64_t sinks_stride;
+
+  float scale;
+  float softcap;   // 0: none
+  bool causal;     // hides keys after the query
+  int64_t window;  // hides keys `window` or more before the query; 0: none
+  float* scratch;  // attention_scratch_floats(head_dim, value_dim) floats
+};
+
+constexpr int64_t kAttentionRows = 32;  // most rows of an AttentionTile
+constexpr int64_t kAttentionKeys = 64;  // keys per step of the online softmax
+
+inline int64_t PadTo16(int64_t count) { return (count + 15) / 16 * 16; }
+
+inline int64_t AttentionScratchFloats(int64_t head_dim, int64_t value_dim) {
+  return head_dim * kAttentionKeys + kAttentionRows * (kAttentionKeys + PadTo16(value_dim) + 2);
+}
+
+constexpr int64_t kLinearFloatRows = 128;   // most rows of a LinearTile with float activations
+constexpr int64_t kLinearFloatDepth = 128;  // k that are dequantized at a time
+constexpr int64_t kLinearFloatBlocks = 2;   // column blocks that are dequantized at a time
+constexpr int64_t kLinearScratchFloats =
+    (kLinearFloatDepth + kLinearFloatRows) * kLinearFloatBlocks * kColumns;
+
+struct KernelTable {
+  const char* name;
+  void (*quantize_row)(const QuantizeRow& row);
+  void (*linear_int8)(const LinearTile& tile);
+  void (*linear_float)(const LinearTile& tile);
+  void (*attention)(const AttentionTile& tile);
+  void (*rms_norm)(const float* x, const float* weight, float* y, int64_t dim, float epsilon);
+  void (*gated_activation)(Activation kind, const float* gate, const float* up, float* y,
+                           int64_t count);
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+#endif
+
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_KERNEL_TABLE_H_

@@ -1,0 +1,14 @@
+#include "simd_avx2.h"
+// The vector type comes first.
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace qcompile::cpu {
+
+const KernelTable kAvx2Kernels = {
+    "avx2",    QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>,
+    Attention, RmsNorm,             GatedActivation,
+};
+
+}  // namespace qcompile::cpu

@@ -1,0 +1,125 @@
+// Row-wise kernels: norm, gated activation, quantization of activations.
+#ifndef QCOMPILE_CPU_ISA_ELEMENTWISE_H_
+#define QCOMPILE_CPU_ISA_ELEMENTWISE_H_
+
+#include <math.h>
+
+#include "kernel_table.h"
+#include "vector_math.h"
+
+namespace qcompile::cpu {
+namespace {
+
+inline int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void RmsNorm(const float* x, const float* weight, float* y, int64_t dim, float epsilon) {
+  F even = Zero(), odd = Zero();
+  int64_t i = 0;
+  for (; i + 32 <= dim; i += 32) {
+    const F a = Load(x + i), b = Load(x + i + 16);
+    even = Fma(a, a, even);
+    odd = Fma(b, b, odd);
+  }
+  for (; i < dim; i += 16) {
+    const F a = LoadN(x + i, Least(16, dim - i));
+    even = Fma(a, a, even);
+  }
+  const float mean = ReduceAdd(even + odd) / static_cast<float>(dim);
+  const F factor = Set1(1.0f / sqrtf(mean + epsilon));
+  for (i = 0; i < dim; i += 16) {
+    const int64_t n = Least(16, dim - i);
+    F normed = LoadN(x + i, n) * factor;
+    if (weight != nullptr) normed = normed * LoadN(weight + i, n);
+    StoreN(y + i, normed, n);
+  }
+}
+
+template <class Function>
+inline void ForGated(const float* gate, const float* up, float* y, int64_t count,
+                     Function activation) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) Store(y + i, activation(Load(gate + i)) * Load(up + i));
+  if (i < count) {
+    const int64_t n = count - i;
+    StoreN(y + i, activation(LoadN(gate + i, n)) * LoadN(up + i, n), n);
+  }
+}
+
+void GatedActivation(Activation kind, const float* gate, const float* up, float* y,
+                     int64_t count) {
+  switch (kind) {
+    case Activation::kSilu:
+      return ForGated(gate, up, y, count, [](F x) { return x * Sigmoid(x); });
+    case Activation::kGelu:
+      return ForGated(gate, up, y, count, [](F x) { return Gelu(x); });
+    case Activation::kGeluTanh:
+      return ForGated(gate, up, y, count, [](F x) { return GeluTanh(x); });
+    case Activation::kRelu:
+      return ForGated(gate, up, y, count, [](F x) { return Max(Zero(), x); });
+    case Activation::kSigmoid:
+      return ForGated(gate, up, y, count, [](F x) { return Sigmoid(x); });
+    case Activation::kTanh:
+      return ForGated(gate, up, y, count, [](F x) { return Tanh(x); });
+    case Activation::kIdentity:
+      return ForGated(gate, up, y, count, [](F x) { return x; });
+  }
+}
+
+// Symmetric int8: scale = max |x| / 127, or 1 where that is 0. A NaN gives a NaN scale and an
+// infinity an infinite one, so that neither is lost in the integers.
+inline float Int8Scale(const float* x, int64_t count) {
+  I largest = ZeroI();
+  for (int64_t i = 0; i < count; i += 16) {
+    largest = Max(largest, AbsBits(LoadN(x + i, Least(16, count - i))));
+  }
+  const int32_t bits = ReduceMax(largest);
+  float magnitude;
+  memcpy(&magnitude, &bits, sizeof(magnitude));
+  const float scale = magnitude / 127.0f;
+  return scale == 0.0f ? 1.0f : scale;
+}
+
+// Codes of one group, and their sum. `padded` is `count` rounded up to 8.
+inline int32_t QuantizeGroup(const float* x, int64_t count, int64_t padded, float scale,
+                             int8_t* codes) {
+  // A true division, so that codes equal those of the reference bit for bit.
+  const F divisor = Set1(scale);
+  const I lowest = Set1(-127);
+  I sum = ZeroI();
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const I q = Max(lowest, Round(Load(x + i) / divisor));
+    sum = sum + q;
+    StoreInt8(codes + i, q);
+  }
+  int32_t total = ReduceAdd(sum);
+  if (i < count) {
+    int8_t tail[16];
+    StoreInt8(tail, Max(lowest, Round(LoadN(x + i, count - i) / divisor)));
+    for (int64_t j = i; j < padded; ++j) {
+      const int8_t code = j < count ? tail[j - i] : static_cast<int8_t>(0);
+      codes[j] = code;
+      total += code;
+    }
+  }
+  return total;
+}
+
+void QuantizeActivations(const QuantizeRow& row) {
+  float scale = row.scale_per_group ? 0.0f : Int8Scale(row.x, row.k);
+  if (!row.scale_per_group) row.scales[0] = scale;
+  for (int64_t begin = 0, g = 0; begin < row.k; begin += row.group_size, ++g) {
+    const int64_t count = Least(row.group_size, row.k - begin);
+    const int64_t padded = Least(row.group_size, row.padded_k - begin);
+    if (row.scale_per_group) {
+      scale = Int8Scale(row.x + begin, count);
+      row.scales[g] = scale;
+    }
+    row.sums[g] = QuantizeGroup(row.x + begin, count, padded, scale, row.codes + begin);
+  }
+}
+
+}  // namespace
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_ISA_ELEMENTWISE_H_

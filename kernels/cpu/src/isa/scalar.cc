@@ -1,0 +1,14 @@
+#include "simd_scalar.h"
+// The vector type comes first.
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+namespace qcompile::cpu {
+
+const KernelTable kScalarKernels = {
+    "scalar",    QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>,
+    Attention, RmsNorm,             GatedActivation,
+};
+
+}  // namespace qcompile::cpu

@@ -1,0 +1,217 @@
+// Sixteen lanes in two AVX registers. See simd_scalar.h for what each function means.
+#ifndef QCOMPILE_CPU_ISA_SIMD_AVX2_H_
+#define QCOMPILE_CPU_ISA_SIMD_AVX2_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packed_layout.h"
+
+namespace qcompile::cpu {
+namespace {
+
+struct F {
+  __m256 lo, hi;
+};
+struct I {
+  __m256i lo, hi;
+};
+struct Bytes {
+  __m256i lo, hi;
+};
+
+// Sixteen registers: four rows of two-register sums, codes and constants just fit.
+constexpr int kLinearRows = 4;
+constexpr int kWideBlocks = 2;
+constexpr int kChainedOutputs = 2;  // most outputs that have two sums each
+constexpr int kGemmRows = 4;
+constexpr int kGemmVectors = 1;
+
+inline __m256i LaneMask(int64_t n) {
+  const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), index);
+}
+
+inline F Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline F Set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline F Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline F LoadN(const float* p, int64_t n) {
+  return {_mm256_maskload_ps(p, LaneMask(n)), _mm256_maskload_ps(p + 8, LaneMask(n - 8))};
+}
+inline void Store(float* p, F a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+inline void StoreN(float* p, F a, int64_t n) {
+  _mm256_maskstore_ps(p, LaneMask(n), a.lo);
+  _mm256_maskstore_ps(p + 8, LaneMask(n - 8), a.hi);
+}
+inline F operator+(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline F operator-(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+inline F operator*(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+inline F Fma(F a, F b, F c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+inline F Max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+inline F Min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+inline F SelectLess(F a, F b, F x, F y) {
+  return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+inline float ReduceAdd(F a) {
+  const __m256 s = _mm256_add_ps(a.lo, a.hi);
+  __m128 r = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
+}
+inline float ReduceMax(F a) {
+  const __m256 s = _mm256_max_ps(a.lo, a.hi);
+  __m128 r = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+  r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+  return _mm_cvtss_f32(_mm_max_ss(r, _mm_movehdup_ps(r)));
+}
+
+inline I ZeroI() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline I Set1(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline I LoadBytesAsInts(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+inline I operator+(I a, I b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
+inline I operator-(I a, I b) {
+  return {_mm256_sub_epi32(a.lo, b.lo), _mm256_sub_epi32(a.hi, b.hi)};
+}
+inline I operator*(I a, I b) {
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+inline I Max(I a, I b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+inline int32_t ReduceAdd(I a) {
+  const __m256i s = _mm256_add_epi32(a.lo, a.hi);
+  __m128i r = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
+}
+inline int32_t ReduceMax(I a) {
+  const __m256i s = _mm256_max_epi32(a.lo, a.hi);
+  __m128i r = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
+}
+inline F ToFloat(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline I Round(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+inline I AbsBits(F a) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_and_si256(_mm256_castps_si256(a.lo), mask),
+          _mm256_and_si256(_mm256_castps_si256(a.hi), mask)};
+}
+inline F PowerOfTwo(I exponent) {
+  const __m256i bias = _mm256_set1_epi32(127);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent.lo, bias), 23)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent.hi, bias), 23))};
+}
+inline void StoreInt8(int8_t* p, I a) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+inline F LoadHalf(const uint8_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+}
+inline __m256 BrainToFloat(const uint8_t* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline F LoadBrain(const uint8_t* p) { return {BrainToFloat(p), BrainToFloat(p + 16)}; }
+
+inline __m256i Load32(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+template <int kBits>
+inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
+  if constexpr (kBits == 8) {
+    *first = {Load32(p), Load32(p + 32)};
+    *second = {Load32(p + 64), Load32(p + 96)};
+  } else {
+    static_assert(kBits == 4);
+    const __m256i lo = Load32(p), hi = Load32(p + 32);
+    const __m256i nibble = _mm256_set1_epi8(0x0f);
+    *first = {_mm256_and_si256(lo, nibble), _mm256_and_si256(hi, nibble)};
+    *second = {_mm256_and_si256(_mm256_srli_epi16(lo, 4), nibble),
+               _mm256_and_si256(_mm256_srli_epi16(hi, 4), nibble)};
+  }
+}
+
+template <int kBits>
+inline __m256i DotFour(__m256i sum, __m256i codes, __m256i signed_bytes) {
+  if constexpr (kBits < 8) {
+    // Two products of at most 127 * 127 fit 16 bits, so maddubs does not saturate.
+    const __m256i pairs = _mm256_maddubs_epi16(codes, signed_bytes);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  } else {
+    // 255 * 127 * 2 does not fit: widen even and odd bytes to 16 bits instead.
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(signed_bytes, 8), 8);
+    const __m256i odd = _mm256_srai_epi16(signed_bytes, 8);
+    const __m256i codes_even = _mm256_and_si256(codes, _mm256_set1_epi16(0x00ff));
+    const __m256i codes_odd = _mm256_srli_epi16(codes, 8);
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes_even, even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(codes_odd, odd));
+  }
+}
+
+template <int kBits>
+inline I DotAccumulate(I sum, Bytes codes, int32_t four_signed) {
+  const __m256i a = _mm256_set1_epi32(four_signed);
+  return {DotFour<kBits>(sum.lo, codes.lo, a), DotFour<kBits>(sum.hi, codes.hi, a)};
+}
+
+template <int kByte>
+inline I ExtractByte(Bytes codes) {
+  const __m256i mask = _mm256_set1_epi32(0xff);
+  return {_mm256_and_si256(_mm256_srli_epi32(codes.lo, 8 * kByte), mask),
+          _mm256_and_si256(_mm256_srli_epi32(codes.hi, 8 * kByte), mask)};
+}
+
+inline void Transpose8(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  __m256 r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = _mm256_loadu_ps(src + i * src_stride);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(dst + i * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+
+inline void Transpose16(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  for (int i = 0; i < 16; i += 8) {
+    for (int j = 0; j < 16; j += 8) {
+      Transpose8(src + i * src_stride + j, src_stride, dst + j * dst_stride + i, dst_stride);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_ISA_SIMD_AVX2_H_

@@ -1,0 +1,144 @@
+// Sixteen lanes in one AVX-512 register. See simd_scalar.h for what each function means.
+#ifndef QCOMPILE_CPU_ISA_SIMD_AVX512_H_
+#define QCOMPILE_CPU_ISA_SIMD_AVX512_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packed_layout.h"
+
+namespace qcompile::cpu {
+namespace {
+
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+struct Bytes {
+  __m512i v;
+};
+
+constexpr int kLinearRows = 8;   // rows that share a pass over the weights
+constexpr int kWideBlocks = 4;   // column blocks in flight for a single row
+constexpr int kChainedOutputs = 4;  // most outputs that have two sums each
+constexpr int kGemmRows = 8;     // rows of the float micro kernel
+constexpr int kGemmVectors = 2;  // its columns, in vectors
+
+inline __mmask16 FirstLanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+inline F Zero() { return {_mm512_setzero_ps()}; }
+inline F Set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F LoadN(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(FirstLanes(n), p)}; }
+inline void Store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline void StoreN(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, FirstLanes(n), a.v); }
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F Fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F Max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F Min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F SelectLess(F a, F b, F x, F y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+inline float ReduceAdd(F a) { return _mm512_reduce_add_ps(a.v); }
+inline float ReduceMax(F a) { return _mm512_reduce_max_ps(a.v); }
+
+inline I ZeroI() { return {_mm512_setzero_si512()}; }
+inline I Set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I LoadBytesAsInts(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline I Max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline int32_t ReduceAdd(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline int32_t ReduceMax(I a) { return _mm512_reduce_max_epi32(a.v); }
+inline F ToFloat(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I Round(F a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline I AbsBits(F a) {
+  return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
+inline F PowerOfTwo(I exponent) {
+  return {_mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_add_epi32(exponent.v, _mm512_set1_epi32(127)), 23))};
+}
+inline void StoreInt8(int8_t* p, I a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+}
+
+inline F LoadHalf(const uint8_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline F LoadBrain(const uint8_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+
+template <int kBits>
+inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
+  if constexpr (kBits == 8) {
+    first->v = _mm512_loadu_si512(p);
+    second->v = _mm512_loadu_si512(p + 64);
+  } else {
+    static_assert(kBits == 4);
+    const __m512i packed = _mm512_loadu_si512(p);
+    const __m512i nibble = _mm512_set1_epi8(0x0f);
+    first->v = _mm512_and_si512(packed, nibble);
+    second->v = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+  }
+}
+
+template <int kBits>
+inline I DotAccumulate(I sum, Bytes codes, int32_t four_signed) {
+  return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(four_signed))};
+}
+
+template <int kByte>
+inline I ExtractByte(Bytes codes) {
+  return {_mm512_and_si512(_mm512_srli_epi32(codes.v, 8 * kByte), _mm512_set1_epi32(0xff))};
+}
+
+// Transposes 16 rows of 16 floats.
+inline void Transpose16(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  __m512 r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_ps(src + i * src_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_ps(dst + i * dst_stride, _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_ps(dst + (i + 4) * dst_stride, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88));
+    _mm512_storeu_ps(dst + (i + 8) * dst_stride, _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd));
+    _mm512_storeu_ps(dst + (i + 12) * dst_stride, _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd));
+  }
+}
+
+}  // namespace
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_ISA_SIMD_AVX512_H_

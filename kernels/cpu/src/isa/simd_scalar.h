@@ -1,0 +1,236 @@
+// Sixteen lanes in portable C++: the meaning of every vector operation that the kernels use.
+//
+// The compiler turns these loops into whatever the baseline offers (SSE2, NEON). simd_avx2.h and
+// simd_avx512.h define the same names with intrinsics. Everything is in an unnamed namespace, and
+// nothing from the standard library's templates is used: each translation unit is compiled for
+// another instruction set, and the linker must never pick one's inline function for another.
+#ifndef QCOMPILE_CPU_ISA_SIMD_SCALAR_H_
+#define QCOMPILE_CPU_ISA_SIMD_SCALAR_H_
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "packed_layout.h"
+
+namespace qcompile::cpu {
+namespace {
+
+struct F {
+  float v[16];
+};
+struct I {
+  int32_t v[16];
+};
+// 4 consecutive k of 16 columns: byte 4 * column + k.
+struct Bytes {
+  uint8_t v[64];
+};
+
+constexpr int kLinearRows = 4;   // rows that share a pass over the weights
+constexpr int kWideBlocks = 1;   // column blocks in flight for a single row
+constexpr int kChainedOutputs = 1;  // most outputs that have two sums each
+constexpr int kGemmRows = 4;     // rows of the float micro kernel
+constexpr int kGemmVectors = 1;  // its columns, in vectors
+
+template <class Result, class Function>
+inline Result ForLanes(Function function) {
+  Result r;
+  for (int i = 0; i < 16; ++i) r.v[i] = function(i);
+  return r;
+}
+
+inline F Set1(float x) {
+  return ForLanes<F>([=](int) { return x; });
+}
+inline F Zero() { return Set1(0.0f); }
+inline F Load(const float* p) {
+  F r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+// The first n lanes, n <= 16, and zeros; never touches memory past them.
+inline F LoadN(const float* p, int64_t n) {
+  F r = Zero();
+  for (int64_t i = 0; i < n && i < 16; ++i) r.v[i] = p[i];
+  return r;
+}
+inline void Store(float* p, const F& a) { memcpy(p, a.v, sizeof(a.v)); }
+inline void StoreN(float* p, const F& a, int64_t n) {
+  for (int64_t i = 0; i < n && i < 16; ++i) p[i] = a.v[i];
+}
+inline F operator+(const F& a, const F& b) {
+  return ForLanes<F>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F operator-(const F& a, const F& b) {
+  return ForLanes<F>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F operator*(const F& a, const F& b) {
+  return ForLanes<F>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F operator/(const F& a, const F& b) {
+  return ForLanes<F>([&](int i) { return a.v[i] / b.v[i]; });
+}
+// a * b + c, rounded once or twice.
+inline F Fma(const F& a, const F& b, const F& c) {
+  return ForLanes<F>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+// A NaN in either operand gives the second operand, as on x86.
+inline F Max(const F& a, const F& b) {
+  return ForLanes<F>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F Min(const F& a, const F& b) {
+  return ForLanes<F>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+// a < b ? x : y; false for NaN.
+inline F SelectLess(const F& a, const F& b, const F& x, const F& y) {
+  return ForLanes<F>([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+}
+inline float ReduceAdd(const F& a) {
+  float half[8];
+  for (int i = 0; i < 8; ++i) half[i] = a.v[i] + a.v[i + 8];
+  for (int i = 0; i < 4; ++i) half[i] += half[i + 4];
+  return (half[0] + half[2]) + (half[1] + half[3]);
+}
+inline float ReduceMax(const F& a) {
+  float r = a.v[0];
+  for (int i = 1; i < 16; ++i) r = r > a.v[i] ? r : a.v[i];
+  return r;
+}
+
+inline I Set1(int32_t x) {
+  return ForLanes<I>([=](int) { return x; });
+}
+inline I ZeroI() { return Set1(0); }
+inline I LoadBytesAsInts(const uint8_t* p) {
+  return ForLanes<I>([=](int i) { return static_cast<int32_t>(p[i]); });
+}
+inline I operator+(const I& a, const I& b) {
+  return ForLanes<I>([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline I operator-(const I& a, const I& b) {
+  return ForLanes<I>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline I operator*(const I& a, const I& b) {
+  return ForLanes<I>([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline I Max(const I& a, const I& b) {
+  return ForLanes<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline int32_t ReduceAdd(const I& a) {
+  int32_t r = 0;
+  for (int i = 0; i < 16; ++i) r += a.v[i];
+  return r;
+}
+inline int32_t ReduceMax(const I& a) {
+  int32_t r = a.v[0];
+  for (int i = 1; i < 16; ++i) r = r > a.v[i] ? r : a.v[i];
+  return r;
+}
+inline F ToFloat(const I& a) {
+  return ForLanes<F>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+// To the nearest integer, ties to even; NaN and out of range give some integer.
+inline I Round(const F& a) {
+  return ForLanes<I>([&](int i) {
+    const bool in_range = a.v[i] > -2147483000.0f && a.v[i] < 2147483000.0f;
+    return in_range ? static_cast<int32_t>(lrintf(a.v[i])) : INT32_MIN;
+  });
+}
+// |a| as its bit pattern: ordered like the floats, with infinity and NaN above all.
+inline I AbsBits(const F& a) {
+  I r;
+  memcpy(r.v, a.v, sizeof(r.v));
+  for (int i = 0; i < 16; ++i) r.v[i] &= 0x7fffffff;
+  return r;
+}
+// 2^exponent for exponents in -126..127.
+inline F PowerOfTwo(const I& exponent) {
+  uint32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = (static_cast<uint32_t>(exponent.v[i]) + 127u) << 23;
+  F r;
+  memcpy(r.v, bits, sizeof(bits));
+  return r;
+}
+// Sixteen saturated int8.
+inline void StoreInt8(int8_t* p, const I& a) {
+  for (int i = 0; i < 16; ++i) {
+    p[i] = static_cast<int8_t>(a.v[i] < -128 ? -128 : a.v[i] > 127 ? 127 : a.v[i]);
+  }
+}
+
+inline float HalfToFloat(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t exponent = (h >> 10) & 0x1fu;
+  const uint32_t mantissa = h & 0x3ffu;
+  if (exponent == 0) {
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  const uint32_t widened = exponent == 31 ? 255u : exponent + 112u;
+  const uint32_t bits = sign | (widened << 23) | (mantissa << 13);
+  float r;
+  memcpy(&r, &bits, sizeof(r));
+  return r;
+}
+// Sixteen float16.
+inline F LoadHalf(const uint8_t* p) {
+  uint16_t bits[16];
+  memcpy(bits, p, sizeof(bits));
+  return ForLanes<F>([&](int i) { return HalfToFloat(bits[i]); });
+}
+// Sixteen bfloat16.
+inline F LoadBrain(const uint8_t* p) {
+  uint16_t brain[16];
+  memcpy(brain, p, sizeof(brain));
+  uint32_t bits[16];
+  for (int i = 0; i < 16; ++i) bits[i] = static_cast<uint32_t>(brain[i]) << 16;
+  F r;
+  memcpy(r.v, bits, sizeof(bits));
+  return r;
+}
+
+// One unit of codes: 8 consecutive k of 16 columns.
+template <int kBits>
+inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
+  if constexpr (kBits == 8) {
+    memcpy(first->v, p, 64);
+    memcpy(second->v, p + 64, 64);
+  } else {
+    static_assert(kBits == 4);
+    for (int i = 0; i < 64; ++i) {
+      first->v[i] = p[i] & 0x0f;
+      second->v[i] = p[i] >> 4;
+    }
+  }
+}
+
+// Adds codes . a over 4 k to each column; exact. `four_signed` holds 4 int8.
+template <int kBits>
+inline I DotAccumulate(const I& sum, const Bytes& codes, int32_t four_signed) {
+  int8_t a[4];
+  memcpy(a, &four_signed, sizeof(a));
+  return ForLanes<I>([&](int i) {
+    return sum.v[i] + codes.v[4 * i] * a[0] + codes.v[4 * i + 1] * a[1] +
+           codes.v[4 * i + 2] * a[2] + codes.v[4 * i + 3] * a[3];
+  });
+}
+
+// The codes of one k.
+template <int kByte>
+inline I ExtractByte(const Bytes& codes) {
+  return ForLanes<I>([&](int i) { return static_cast<int32_t>(codes.v[4 * i + kByte]); });
+}
+
+// Transposes 16 rows of 16 floats.
+inline void Transpose16(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) dst[j * dst_stride + i] = src[i * src_stride + j];
+  }
+}
+
+}  // namespace
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_ISA_SIMD_SCALAR_H_

@@ -1,0 +1,46 @@
+// What QLinear and QEmbedding share: the attributes of a packed weight and its tensor.
+#ifndef QCOMPILE_CPU_OPS_PACKED_WEIGHT_H_
+#define QCOMPILE_CPU_OPS_PACKED_WEIGHT_H_
+
+#include "operator.h"
+
+namespace qcompile::cpu {
+
+inline PackedLayout ReadLayout(const Attributes& attributes) {
+  constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
+  PackedLayout layout;
+  layout.n = attributes.Int("N");
+  layout.k = attributes.Int("K");
+  Require(layout.n > 0 && layout.k > 0 && layout.n < kMostElements && layout.k < kMostElements &&
+              layout.n <= kMostElements / layout.k,
+          "N = ", layout.n, " and K = ", layout.k, " are no size of a weight");
+  const int64_t bits = attributes.Int("bits");
+  Require(bits == 4 || bits == 8, "bits = ", bits, " is not supported; use 4 or 8");
+  layout.bits = static_cast<int>(bits);
+  const int64_t group_size = attributes.Int("group_size");
+  Require(group_size >= 0 && group_size % 16 == 0, "group_size = ", group_size,
+          " is neither 0 (per channel) nor a multiple of 16");
+  layout.group_size = group_size == 0 || group_size > layout.k ? layout.k : group_size;
+  const int64_t has_zero_point = attributes.Int("has_zero_point", 0);
+  Require(has_zero_point == 0 || has_zero_point == 1, "has_zero_point = ", has_zero_point,
+          " is neither 0 nor 1");
+  layout.has_zero_point = has_zero_point == 1;
+  const int64_t scale_type = attributes.Int("scale_dtype");
+  Require(scale_type >= 0 && scale_type <= 2, "scale_dtype = ", scale_type,
+          " is none of 0 (float32), 1 (float16), 2 (bfloat16)");
+  layout.scale_type = static_cast<ScaleType>(scale_type);
+  return layout;
+}
+
+inline const uint8_t* CheckedWeight(const Tensor<const uint8_t>& weight,
+                                    const PackedLayout& layout) {
+  Require(weight.shape.rank == 1 && weight.shape[0] == layout.total_bytes(),
+          "the packed weight has shape ", weight.shape, " instead of [", layout.total_bytes(),
+          "], the bytes of N = ", layout.n, ", K = ", layout.k, " at ", layout.bits,
+          " bits in groups of ", layout.group_size);
+  return weight.data;
+}
+
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_OPS_PACKED_WEIGHT_H_

@@ -1,0 +1,109 @@
+// QEmbedding: rows of a packed weight, dequantized, times a constant.
+#include <cstring>
+
+#include "packed_weight.h"
+
+namespace qcompile::cpu {
+namespace {
+
+float BitsToFloat(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+float HalfToFloat(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t exponent = half >> 10 & 0x1fu, mantissa = half & 0x3ffu;
+  if (exponent == 0) {  // subnormal: mantissa * 2^-24
+    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  return BitsToFloat(sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
+}
+
+float ScaleOf(const PackedLayout& layout, const uint8_t* header, int64_t column) {
+  if (layout.scale_type == ScaleType::kFloat32) {
+    float scale;
+    std::memcpy(&scale, header + 4 * column, sizeof(scale));
+    return scale;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, header + 2 * column, sizeof(bits));
+  return layout.scale_type == ScaleType::kFloat16 ? HalfToFloat(bits)
+                                                  : BitsToFloat(static_cast<uint32_t>(bits) << 16);
+}
+
+// The codes of 8 consecutive k of one column.
+void UnpackColumn(const PackedLayout& layout, const uint8_t* unit, int64_t column, uint8_t* codes) {
+  const uint8_t* first = unit + 4 * column;
+  if (layout.bits == 8) {
+    std::memcpy(codes, first, 4);
+    std::memcpy(codes + 4, first + 64, 4);
+    return;
+  }
+  for (int i = 0; i < 4; ++i) {
+    codes[i] = first[i] & 0x0f;
+    codes[4 + i] = first[i] >> 4;
+  }
+}
+
+void DequantizeRow(const PackedLayout& layout, const uint8_t* weight, int64_t row, float multiplier,
+                   float* out) {
+  const int64_t column = row % kColumns;
+  const uint8_t* p = weight + row / kColumns * layout.column_block_bytes();
+  int64_t k = 0;
+  for (int64_t g = 0; g < layout.groups(); ++g) {
+    const float scale = ScaleOf(layout, p, column);
+    const int zero =
+        layout.has_zero_point ? p[layout.scale_bytes() + column] : 1 << (layout.bits - 1);
+    p += layout.header_bytes();
+    for (int64_t u = 0; u < layout.group_units(g); ++u, p += layout.unit_bytes()) {
+      uint8_t codes[kUnit];
+      UnpackColumn(layout, p, column, codes);
+      for (int64_t i = 0; i < kUnit && k < layout.k; ++i, ++k) {
+        out[k] = static_cast<float>(codes[i] - zero) * scale * multiplier;
+      }
+    }
+  }
+}
+
+class QEmbedding : public Operator {
+ public:
+  explicit QEmbedding(const Attributes& attributes)
+      : layout_(ReadLayout(attributes)), multiplier_(attributes.Float("multiplier", 1.0f)) {}
+
+  void Compute(const Context& context) const override {
+    const auto ids = context.Input<int64_t>(0);
+    const uint8_t* weight = CheckedWeight(context.Input<uint8_t>(1), layout_);
+    Require(ids.shape.rank < kMaxRank, "ids have rank ", ids.shape.rank);
+    Shape shape = ids.shape;
+    shape.dims[shape.rank++] = layout_.k;
+    const int64_t count = ids.shape.Count();
+    for (int64_t i = 0; i < count; ++i) {
+      Require(ids.data[i] >= 0 && ids.data[i] < layout_.n, "id ", ids.data[i],
+              " is outside of the vocabulary of ", layout_.n);
+    }
+    float* out = context.Output(0, shape).data;
+    context.ParallelFor(count, count * layout_.k * 4, [&](int64_t i) {
+      DequantizeRow(layout_, weight, ids.data[i], multiplier_, out + i * layout_.k);
+    });
+  }
+
+ private:
+  const PackedLayout layout_;
+  const float multiplier_;
+};
+
+}  // namespace
+
+OperatorSpec QEmbeddingSpec() {
+  return {"QEmbedding",
+          {{ort::kInt64}, {ort::kUint8}},
+          {{ort::kFloat}},
+          [](const Attributes& attributes, const KernelTable&) -> std::unique_ptr<Operator> {
+            return std::make_unique<QEmbedding>(attributes);
+          }};
+}
+
+}  // namespace qcompile::cpu

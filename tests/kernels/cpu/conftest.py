@@ -1,0 +1,131 @@
+"""One-node ONNX models on the CPU kernels, once per instruction set."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from qcompile.errors import TargetError
+from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
+
+ISAS = ("scalar", "avx2", "avx512")
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+NodeRunner = Callable[..., list[np.ndarray]]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The installed library, or one built from the tree."""
+    try:
+        return library_path()
+    except TargetError:
+        if shutil.which("cmake") is None:
+            pytest.skip("the CPU kernels are not built, and there is no cmake to build them with")
+    build = tmp_path_factory.mktemp("kernels")
+    source = REPOSITORY / "kernels" / "cpu"
+    subprocess.run(["cmake", "-S", str(source), "-B", str(build)], check=True)
+    subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True)
+    return build / "libqcompile_cpu.so"
+
+
+def make_model(
+    op_type: str,
+    inputs: Sequence[np.ndarray | None],
+    attributes: Mapping[str, Any],
+    outputs: int,
+    initializers: Mapping[int, np.ndarray],
+) -> bytes:
+    """A model of one node; missing inputs are None, the outputs are named y0, y1, ..."""
+    names = ["" if value is None else f"x{i}" for i, value in enumerate(inputs)]
+    node = helper.make_node(
+        op_type,
+        names,
+        [f"y{i}" for i in range(outputs)],
+        name="the_node",
+        domain=OPERATOR_DOMAIN,
+        **attributes,
+    )
+    graph = helper.make_graph(
+        [node],
+        "one_node",
+        [
+            helper.make_tensor_value_info(
+                f"x{i}", helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim
+            )
+            for i, value in enumerate(inputs)
+            if value is not None and i not in initializers
+        ],
+        [
+            helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None)
+            for i in range(outputs)
+        ],
+        [onnx.numpy_helper.from_array(value, f"x{i}") for i, value in initializers.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(OPERATOR_DOMAIN, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return model.SerializeToString()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, library: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces an instruction set for the sessions that the test makes."""
+    name: str = request.param
+    monkeypatch.setenv("QCOMPILE_CPU_ISA", name)
+    try:
+        ort.SessionOptions().register_custom_ops_library(str(library))
+    except Exception as error:  # onnxruntime's pybind exceptions have no common base
+        if "this machine runs only" not in str(error):
+            raise
+        pytest.skip(f"no {name} on this machine")
+    return name
+
+
+@pytest.fixture
+def make_session(library: Path) -> Callable[..., ort.InferenceSession]:
+    """Makes a session of one node; see `make_model`."""
+
+    def make(
+        op_type: str,
+        inputs: Sequence[np.ndarray | None],
+        *,
+        outputs: int = 1,
+        threads: int = 1,
+        initializers: Mapping[int, np.ndarray] | None = None,
+        **attributes: Any,
+    ) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.register_custom_ops_library(str(library))
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # errors are asserted on, not printed
+        model = make_model(op_type, inputs, attributes, outputs, initializers or {})
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    return make
+
+
+@pytest.fixture
+def run_node(make_session: Callable[..., ort.InferenceSession]) -> NodeRunner:
+    """Runs one node and returns its outputs."""
+
+    def run(op_type: str, inputs: Sequence[np.ndarray | None], **options: Any) -> list[np.ndarray]:
+        session = make_session(op_type, inputs, **options)
+        initializers = options.get("initializers") or {}
+        feeds = {
+            f"x{i}": value
+            for i, value in enumerate(inputs)
+            if value is not None and i not in initializers
+        }
+        results: list[np.ndarray] = session.run(None, feeds)
+        return results
+
+    return run
