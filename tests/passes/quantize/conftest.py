@@ -1,6 +1,7 @@
 """Small programs to quantize."""
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ class TinyLM(nn.Module):
         return torch.tanh(self.head(x) / 8.0) * 8.0
 
 
-def language_model(tied: bool) -> Program:
+@cache
+def _language_model(tied: bool) -> Program:
     torch.manual_seed(0)
     model = TinyLM(tied)
     program = capture_module(model, torch.zeros(2, 5, dtype=torch.int64))
@@ -45,12 +47,12 @@ def language_model(tied: bool) -> Program:
 
 @pytest.fixture
 def untied() -> Program:
-    return language_model(tied=False)
+    return _language_model(tied=False).copy()
 
 
 @pytest.fixture
 def tied() -> Program:
-    return language_model(tied=True)
+    return _language_model(tied=True).copy()
 
 
 @pytest.fixture
