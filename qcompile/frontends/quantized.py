@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import ModelError
-from qcompile.frontends.packed_weights import find_packed_weights
+from qcompile.frontends.packed.layers import Stated
+from qcompile.frontends.packed.weights import find_packed_weights
 from qcompile.ir.weights import TensorSource, TensorSpec
 
 _TITLES = {
@@ -182,11 +183,8 @@ class DequantizedSource:
         self._source = source
         self._packed, hidden = find_packed_weights(
             source,
-            method=description.method,
-            format=description.format,
-            bits=description.bits,
-            group_size=description.group_size,
-            block=description.block,
+            description.method,
+            Stated(description.format, description.bits, description.group_size, description.block),
         )
         self._plain = {
             name: spec

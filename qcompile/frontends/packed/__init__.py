@@ -1,0 +1,1 @@
+"""Layouts of packed weights, as other tools write them: found, checked, decoded."""
