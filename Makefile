@@ -9,13 +9,13 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP    := $(BIN)/python -m pip --disable-pip-version-check -qq
 # The build requirements stand in the environment, so that CMake compiles only what has changed.
 INSTALL := $(PIP) install --no-build-isolation -c constraints.txt
 
 SOURCES := pyproject.toml README.md LICENSE qcompile passes backends kernels
 LINTED  := qcompile passes backends kernels tests examples benchmarks
-CPP     := $(shell find kernels tests -name '*.cpp' -o -name '*.h')
+CPP     := $(shell find kernels tests -name '*.cc' -o -name '*.h')
 # All processes of a test run share the cores: two workers, one thread each.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 

@@ -154,7 +154,7 @@ def compile_command(
     if json_:
         console.print_json(_compile_document(artifact))
     else:
-        console.print_pairs(_compile_rows(artifact), title=f"compiled to {artifact.path}")
+        console.print_pairs(list(_compile_rows(artifact)), title=f"compiled to {artifact.path}")
 
 
 @app.command(epilog="Example: qcompile run smollm2/ 'The capital of France is' --raw")
@@ -299,26 +299,33 @@ def _compile_document(artifact: Artifact) -> dict[str, object]:
     }
 
 
-def _compile_rows(artifact: Artifact) -> list[tuple[str, str]]:
-    manifest = artifact.manifest
-    rows = [
-        ("model", manifest.model.name),
-        ("recipe", str(manifest.recipe.get("name", "custom"))),
-        ("target", manifest.target),
-    ]
-    rows += _rows(manifest.bits)
-    rows += _rows(artifact.report)
-    total = sum(file.bytes for file in manifest.files.values())
-    return [*rows, ("artifact", f"{artifact.path} ({_value('bytes', total)})")]
+def _compile_rows(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    from qcompile.console import seconds_text, size_text
+
+    manifest, report = artifact.manifest, artifact.report
+    yield "model", manifest.model.name
+    yield "recipe", str(manifest.recipe.get("name", "custom"))
+    yield "target", manifest.target
+    before = report.get("source_bytes")
+    if isinstance(before, int):
+        yield "size before", size_text(before)
+    yield "size after", size_text(sum(file.bytes for file in manifest.files.values()))
+    for key, label in _BITS.items():
+        value = manifest.bits.get(key)
+        if isinstance(value, (int, float)):
+            yield label, f"{value:.3f}"
+    seconds = report.get("seconds")
+    for phase, duration in seconds.items() if isinstance(seconds, Mapping) else ():
+        yield f"time: {_label(str(phase))}", seconds_text(float(duration))
+    yield "artifact", str(artifact.path)
 
 
-def _rows(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The numbers and texts of a nested mapping with readable names; lists are left to JSON."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _rows(value, prefix=f"{prefix}{_label(key)}: ")
-        elif isinstance(value, (bool, int, float, str)):
-            yield f"{prefix}{_label(key)}", _value(key, value)
+_BITS = {
+    "advertised_bits_per_weight": "bits per quantized weight, codes only",
+    "stored_bits_per_quantized_weight": "bits per quantized weight, stored",
+    "stored_bits_per_weight": "bits per weight of the model, stored",
+}
+"""The figures of the manifest's accounting that people compare, as they are printed."""
 
 
 def _label(key: str) -> str:
@@ -330,8 +337,6 @@ def _value(key: str, value: object) -> str:
 
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if key.endswith("bytes"):
-        return console.size_text(value)
     if key.endswith("seconds"):
         return console.seconds_text(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -78,7 +78,10 @@ WeightFormatOrFloat = Annotated[str, AfterValidator(_canonical_format_or_float)]
 """A weight format by name, or ``"float"`` for a weight that stays as it is."""
 
 Pattern = Annotated[str, AfterValidator(_non_empty)]
-"""A shell-style pattern (``*``, ``?``, ``[...]``) on a weight's name in the checkpoint."""
+"""A shell-style pattern (``*``, ``?``, ``[...]``) on a weight's name in the checkpoint.
+
+It matches the name with or without its final ``.weight``.
+"""
 
 
 class StepOptions(_Strict):

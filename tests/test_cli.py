@@ -71,7 +71,7 @@ class FakeArtifact:
             bits={"stored_bits_per_weight": 4.625},
             files={"model.onnx": FileInfo(sha256="0" * 64, bytes=1_500_000)},
         )
-        self.report: dict[str, Any] = {"seconds": {"quantize": 3.25}}
+        self.report: dict[str, Any] = {"source_bytes": 5_000_000, "seconds": {"quantize": 3.25}}
         self.tokenizer = FakeTokenizer(chat)
         self.asked: list[tuple[object, dict[str, Any]]] = []
         self._answers = list(answers)
@@ -233,10 +233,16 @@ def test_compile_prints_what_came_out(
     assert main(["compile", "dir", "-o", "out"]) == 0
     captured = capsys.readouterr()
     rows = dict(line.split("\t") for line in captured.out.splitlines())
-    assert rows["model"] == "tiny"
-    assert rows["stored bits per weight"] == "4.625"
-    assert rows["seconds: quantize"] == "3.25 s"
-    assert rows["artifact"] == "out (1.5 MB)"
+    assert rows == {
+        "model": "tiny",
+        "recipe": "float",
+        "target": "cpu",
+        "size before": "5.0 MB",
+        "size after": "1.5 MB",
+        "bits per weight of the model, stored": "4.625",
+        "time: quantize": "3.25 s",
+        "artifact": "out",
+    }
     assert captured.err == ""
 
 
