@@ -19,14 +19,15 @@ from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 from qcompile.progress import NullProgress, Progress
 
@@ -43,8 +44,7 @@ def show_progress(*, quiet: bool = False) -> Iterator[Progress]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _TimeColumn(),
         TextColumn("[dim]{task.fields[detail]}"),
         console=Console(stderr=True),
         refresh_per_second=4,
@@ -85,6 +85,15 @@ class ConsoleProgress:
         self._display.update(self._task, total=total, completed=total, detail="")
         self._display.stop_task(self._task)
         self._task = None
+
+
+class _TimeColumn(ProgressColumn):
+    """The time left while a stage runs, where that can be told; the time taken afterwards."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished or task.time_remaining is None:
+            return Text(seconds_text(task.elapsed or 0.0))
+        return Text(f"{seconds_text(math.ceil(task.time_remaining))} left", style="cyan")
 
 
 def print_json(document: object) -> None:
@@ -150,7 +159,9 @@ def size_text(count: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration for people: ``0.31 s``, ``12.3 s``, ``4 min 05 s``."""
+    """A duration for people: ``0.31 s``, ``12.3 s``, ``4 min 05 s``; whole ones without dot."""
+    if isinstance(seconds, int) and seconds < 100:
+        return f"{seconds} s"
     if seconds < 100:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

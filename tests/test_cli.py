@@ -202,9 +202,10 @@ def test_recipes_are_json_when_asked(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_recipes_make_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["recipes"]) == 0
-    assert "what it does" in sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert "what it does" in terminal.getvalue()
 
 
 # --- compile ---

@@ -28,7 +28,7 @@ def test_size_is_in_powers_of_a_thousand(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.314, "0.31 s"), (12.34, "12.3 s"), (245.2, "4 min 05 s")]
+    ("seconds", "text"), [(3, "3 s"), (0.314, "0.31 s"), (12.34, "12.3 s"), (245.2, "4 min 05 s")]
 )
 def test_duration_has_three_digits_or_minutes(seconds: float, text: str) -> None:
     assert seconds_text(seconds) == text

@@ -107,7 +107,7 @@ def test_format_is_kept_in_its_canonical_spelling() -> None:
 
 def test_recipe_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_recipe("float").name = "other"  # type: ignore[misc]
+        load_recipe("float").name = "other"
 
 
 def test_every_step_has_frozen_options_that_forbid_extras() -> None:
