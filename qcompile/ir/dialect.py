@@ -32,10 +32,11 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def define(
-    reference: Callable[..., Tensor],
+    reference: Callable[..., Any],
     *,
     name: str | None = None,
-    shape: Callable[..., Tensor] | None = None,
+    shape: Callable[..., Any] | None = None,
+    differentiable: bool = True,
 ) -> torch._ops.OpOverload:
     """Registers an operator of the dialect.
 
@@ -44,6 +45,7 @@ def define(
             branches on sizes, and differentiable by autograd where it is differentiable at all.
         name: The operator's name; the function's own unless given.
         shape: A cheaper function with the same signature that returns an empty result.
+        differentiable: Whether to derive a backward; not for operators with several results.
 
     Returns:
         The overload ``torch.ops.qc.<name>.default``.
@@ -54,7 +56,8 @@ def define(
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, shape or reference, lib=_library)
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    _register_derivative(qualified, reference)
+    if differentiable:
+        _register_derivative(qualified, reference)
     return overload
 
 

@@ -1,0 +1,1 @@
+"""The CPU target: ONNX Runtime with qcompile's own operators."""

@@ -1,0 +1,14 @@
+"""From a quantized program to one node per kernel of the CPU library."""
+
+from __future__ import annotations
+
+from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
+from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
+from qcompile.backends.cpu.lower.limit_logits import LimitLogits
+from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
+from qcompile.passes.infra import Phase
+
+
+def lower_phase() -> Phase:
+    """The passes that lower a program to the CPU library, in order."""
+    return Phase("lower", (FuseLinear(), FuseAttention(), MergeDuplicates(), LimitLogits()))

@@ -1,0 +1,161 @@
+"""Quantized linears and embeddings become one node each, over packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.backends.cpu import ops
+from qcompile.errors import TargetError
+from qcompile.ir import dialect
+from qcompile.ir.edit import Editor
+from qcompile.ir.program import Program
+from qcompile.ir.types import Fact
+from qcompile.ir.weights import TensorSpec
+from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES, pack_linear, packed_size
+from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
+
+aten = torch.ops.aten
+
+
+class FuseLinear(Pass):
+    """Matches the library's matrix kernels.
+
+    1. ``linear(x, dequantize(W), b)``           =>  ``cpu_linear(x, packed W, b, act="float")``
+    2. the same with `x` rounded by ``dequantize(quantize(x))``, one scale per token or per group
+       of the weight                             =>  ``act="int8_token"`` or ``"int8_group"``
+    3. ``add(residual, cpu_linear)``             =>  the operand `residual` of the node
+    4. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
+
+    A weight is packed once, lazily, however many nodes use it.
+    """
+
+    requires = frozenset({Fact.CANONICAL})
+    numerics = Equivalent()
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Rewrites every quantized layer."""
+        del context
+        result = PassResult()
+        editor = Editor(program)
+        for node in program.calls(aten.linear.default, aten.embedding.default):
+            weight = node.args[1] if node.target is aten.linear.default else node.args[0]
+            if not is_stored_weight(weight):
+                continue
+            with editor.before(node):
+                packed, layout = _packed(editor, weight)
+                if node.target is aten.linear.default:
+                    new = _linear(editor, node, packed, layout)
+                else:
+                    new = editor.call(ops.embedding, node.args[1], packed, *layout)
+            editor.replace(node, new)
+            result.rewrites += 1
+        for node in program.calls(ops.linear):
+            result.rewrites += _take_residual(editor, node)
+        return result
+
+
+def is_stored_weight(node: Any) -> bool:
+    """Whether a node decodes stored integer codes."""
+    return (
+        isinstance(node, fx.Node)
+        and node.target is dialect.dequantize
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "get_attr"
+    )
+
+
+Layout = tuple[int, int, int, int, bool, int]
+"""n, k, bits, group_size, has_zero_point, scale_dtype: as the operators take them."""
+
+
+def _packed(editor: Editor, weight: fx.Node) -> tuple[fx.Node, Layout]:
+    codes, scale, zero_point, bits, group_size = weight.args
+    assert isinstance(codes, fx.Node) and isinstance(scale, fx.Node)
+    assert isinstance(bits, int) and isinstance(group_size, int)
+    name = str(codes.target)
+    n, k = codes.meta["val"].shape
+    dtype = str(scale.meta["val"].dtype).removeprefix("torch.")
+    if bits not in PACKABLE_BITS or dtype not in SCALE_DTYPES:
+        raise TargetError(
+            f"weight '{name}' has {bits}-bit codes with {dtype} scales, which the cpu kernels "
+            "do not read",
+            remedy=f"choose {' or '.join(f'int{b}' for b in PACKABLE_BITS)} in the recipe",
+        )
+    packed_name = f"{name}.packed"
+    if packed_name not in editor.program.weights:
+        operands = (name, str(scale.target))
+        if isinstance(zero_point, fx.Node):
+            operands += (str(zero_point.target),)
+        size = packed_size(
+            n,
+            k,
+            bits=bits,
+            group_size=group_size,
+            has_zero_point=zero_point is not None,
+            scale_dtype=dtype,  # type: ignore[arg-type]
+        )
+
+        def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+            return torch.from_numpy(
+                pack_linear(
+                    codes.numpy(),
+                    scale.float().numpy(),
+                    None if zero_point is None else zero_point.numpy(),
+                    bits=bits,
+                    group_size=group_size,
+                    scale_dtype=dtype,  # type: ignore[arg-type]
+                )
+            )
+
+        spec = TensorSpec((size,), torch.uint8)
+        editor.program.weights.derive(
+            packed_name, operands, pack, spec, exact=True, label="pack"
+        )
+    layout = (n, k, bits, group_size, zero_point is not None, SCALE_DTYPES.index(dtype))  # type: ignore[arg-type]
+    return editor.weight(packed_name), layout
+
+
+def _linear(editor: Editor, node: fx.Node, packed: fx.Node, layout: Layout) -> fx.Node:
+    x, act = _activations(node.args[0], group_size=layout[3])
+    bias = node.args[2] if len(node.args) > 2 else None
+    return editor.call(ops.linear, x, packed, bias, None, *layout, act)
+
+
+def _activations(x: Any, group_size: int) -> tuple[Any, str]:
+    """The float input of a linear, and how it is rounded on the way."""
+    if not isinstance(x, fx.Node) or x.target is not dialect.dequantize:
+        return x, ops.FLOAT_ACTIVATIONS
+    codes, scale, zero_point, bits, group = x.args
+    is_dynamic = (
+        isinstance(codes, fx.Node)
+        and codes.target is dialect.quantize
+        and isinstance(scale, fx.Node)
+        and scale.target is dialect.dynamic_scale
+        and codes.args[0] is scale.args[0]
+        and zero_point is None
+        and bits == 8
+    )
+    if not is_dynamic or group not in (0, group_size):
+        return x, ops.FLOAT_ACTIVATIONS
+    return codes.args[0], ops.INT8_PER_GROUP if group else ops.INT8_PER_TOKEN  # type: ignore[union-attr]
+
+
+def _take_residual(editor: Editor, node: fx.Node) -> int:
+    if len(node.users) != 1 or node.args[3] is not None:
+        return 0
+    (user,) = node.users
+    if user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
+        return 0
+    residual = user.args[1] if user.args[0] is node else user.args[0]
+    if not isinstance(residual, fx.Node) or residual is node:
+        return 0
+    if str(residual.meta["val"].shape) != str(node.meta["val"].shape):
+        return 0
+    with editor.before(user):
+        new = editor.call(ops.linear, *node.args[:3], residual, *node.args[4:])
+    editor.replace(user, new)
+    editor.graph.erase_node(node)
+    return 1

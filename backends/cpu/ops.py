@@ -1,0 +1,210 @@
+"""The operators of the CPU library, as the lowered program names them.
+
+Each reference below says in terms of the dialect what one node of ``com.qcompile`` computes, so
+that a lowered program can be interpreted and compared with the one before.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from qcompile.ir import dialect
+from qcompile.kernels.attention.reference import attention
+from qcompile.kernels.cpu.layout import SCALE_DTYPES, unpack_linear
+from qcompile.kernels.dequantize.reference import dequantize
+from qcompile.kernels.quantize.reference import dynamic_scale, quantize
+from qcompile.kernels.rope.reference import rope
+
+FLOAT_ACTIVATIONS = "float"
+INT8_PER_TOKEN = "int8_token"
+INT8_PER_GROUP = "int8_group"
+
+
+def cpu_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Optional[Tensor],
+    residual: Optional[Tensor],
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+    act: str,
+) -> Tensor:
+    """A linear layer over a packed integer weight: ``x_q @ w_q.T + bias + residual``.
+
+    Args:
+        x: ``[..., k]`` float32.
+        packed: The weight in the layout of `qcompile.kernels.cpu.layout`, uint8.
+        bias: ``[n]`` or None.
+        residual: ``[..., n]``, added last, or None.
+        n: Output features.
+        k: Input features.
+        bits: Of the codes.
+        group_size: Weights per scale; 0 is one group per row.
+        has_zero_point: Whether the weight has zero points.
+        scale_dtype: Index into `SCALE_DTYPES`.
+        act: ``"float"``, ``"int8_token"`` or ``"int8_group"``: how `x` is rounded first.
+
+    Returns:
+        ``[..., n]`` float32.
+    """
+    weight = _unpack(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
+    if act != FLOAT_ACTIVATIONS:
+        group = group_size if act == INT8_PER_GROUP else 0
+        scale = dynamic_scale(x, 8, group)
+        x = dequantize(quantize(x, scale, None, 8, group), scale, None, 8, group)
+    y = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    return y if residual is None else y + residual
+
+
+def cpu_embedding(
+    ids: Tensor,
+    packed: Tensor,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+) -> Tensor:
+    """Rows of a packed integer table: ``[...]`` ids to ``[..., k]`` float32."""
+    weight = _unpack(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
+    return torch.nn.functional.embedding(ids, weight)
+
+
+def cpu_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Optional[Tensor],
+    past_value: Optional[Tensor],
+    key_mask: Optional[Tensor],
+    bias: Optional[Tensor],
+    cos: Optional[Tensor],
+    sin: Optional[Tensor],
+    sinks: Optional[Tensor],
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotary embedding, cache append and attention in one node, heads side by side.
+
+    Args:
+        query: ``[B, S, num_heads * D]``.
+        key: ``[B, S, num_kv_heads * D]``.
+        value: ``[B, S, num_kv_heads * Dv]``.
+        past_key: ``[B, num_kv_heads, P, D]`` or None. (The runtime's buffers are larger.)
+        past_value: ``[B, num_kv_heads, P, Dv]`` or None.
+        key_mask: ``[B, P + S]``, nonzero where a key may be attended to; or None.
+        bias: Added to the scores, broadcastable to ``[B, num_heads, S, P + S]``; or None.
+        cos: ``[B or 1, S, R / 2]`` to rotate query and key by; or None.
+        sin: As `cos`.
+        sinks: ``[num_heads]`` or None.
+        num_heads: Heads of the query.
+        num_kv_heads: Heads of key and value.
+        scale: Multiplies the scores.
+        causal: Whether a query sees only positions up to its own.
+        window: As for `qc.attention`.
+        softcap: As for `qc.attention`.
+        interleaved: Which channels a rotation pairs.
+
+    Returns:
+        ``[B, S, num_heads * Dv]``, and key and value with the new positions appended.
+    """
+    q, k, v = (
+        _split_heads(query, num_heads),
+        _split_heads(key, num_kv_heads),
+        _split_heads(value, num_kv_heads),
+    )
+    if cos is not None and sin is not None:
+        q, k = rope(q, cos, sin, interleaved), rope(k, cos, sin, interleaved)
+    if past_key is not None and past_value is not None:
+        k, v = torch.cat((past_key, k), dim=2), torch.cat((past_value, v), dim=2)
+    out = attention(q, k, v, bias, key_mask, sinks, scale, causal, window, softcap)
+    return out.transpose(1, 2).flatten(2).clone(), k.clone(), v.clone()
+
+
+def last_positions(x: Tensor, count: Tensor) -> Tensor:
+    """The last `count` positions of ``[B, S, D]``; `count` is ``[1]`` int64."""
+    return x[:, x.shape[1] - int(count) :].clone()
+
+
+def _linear_shape(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
+    n = rest[2]
+    assert isinstance(n, int)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _embedding_shape(ids: Tensor, packed: Tensor, n: int, k: int, *rest: object) -> Tensor:
+    return torch.empty((*ids.shape, k), dtype=torch.float32, device=ids.device)
+
+
+def _attention_shape(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, kv_heads = rest[5], rest[6]
+    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    batch, length, width = query.shape[0], query.shape[1], value.shape[2] // kv_heads
+    out = query.new_empty((batch, length, heads * width))
+    new_key = query.new_empty((batch, kv_heads, length, key.shape[2] // kv_heads))
+    new_value = query.new_empty((batch, kv_heads, length, width))
+    if past_key is None or past_value is None:
+        return out, new_key, new_value
+    return out, torch.cat((past_key, new_key), dim=2), torch.cat((past_value, new_value), dim=2)
+
+
+def _same_shape(x: Tensor, count: Tensor) -> Tensor:
+    """The most that it can be: a size that depends on data has no symbol of its own."""
+    return torch.empty_like(x)
+
+
+def _unpack(
+    packed: Tensor,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+) -> Tensor:
+    codes, scale, zero_point = unpack_linear(
+        packed.cpu().numpy(),
+        n,
+        k,
+        bits=bits,
+        group_size=group_size,
+        has_zero_point=has_zero_point,
+        scale_dtype=SCALE_DTYPES[scale_dtype],
+    )
+    return dequantize(
+        torch.from_numpy(codes),
+        torch.from_numpy(scale),
+        None if zero_point is None else torch.from_numpy(zero_point),
+        bits,
+        group_size,
+    )
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+linear = dialect.define(cpu_linear, shape=_linear_shape, differentiable=False)
+embedding = dialect.define(cpu_embedding, shape=_embedding_shape, differentiable=False)
+fused_attention = dialect.define(cpu_attention, shape=_attention_shape, differentiable=False)
+keep_last = dialect.define(last_positions, shape=_same_shape, differentiable=False)
