@@ -127,10 +127,15 @@ class Tokenizer:
         try:
             template = _environment().from_string(self._chat_template)
             return template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-                **variables,
+                {
+                    # Templates compare these with none.
+                    "tools": None,
+                    "documents": None,
+                    **self._special_tokens,
+                    **variables,
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except jinja2.TemplateSyntaxError as error:
             raise ArtifactError(

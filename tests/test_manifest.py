@@ -213,4 +213,4 @@ def test_artifacts_of_any_version_are_recognized(artifact: Path, tmp_path: Path)
 def test_values_cannot_be_changed() -> None:
     info = FileInfo(sha256="0" * 64, bytes=1)
     with pytest.raises(ValueError, match="frozen"):
-        info.bytes = 2  # type: ignore[misc]
+        info.bytes = 2
