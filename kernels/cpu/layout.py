@@ -237,7 +237,8 @@ class _Geometry:
         padded = np.zeros((rows, per_row.shape[1], width), np.uint8)
         padded[: self.n] = per_row.reshape(self.n, per_row.shape[1], width)
         blocked = padded.reshape(self.blocks, _COLUMNS, per_row.shape[1], width)
-        return blocked.transpose(0, 2, 1, 3).reshape(self.blocks, per_row.shape[1], -1)
+        by_group: _Bytes = blocked.transpose(0, 2, 1, 3)
+        return by_group.reshape(self.blocks, per_row.shape[1], -1)
 
 
 def _check_codes(name: str, values: _Bytes, bits: int) -> None:
@@ -297,5 +298,5 @@ def _decode_scales(stored: _Bytes, scale_dtype: ScaleDtype) -> _Floats:
         return contiguous.view("<f4").astype(np.float32)
     if scale_dtype == "float16":
         return contiguous.view("<f2").astype(np.float32)
-    words = contiguous.view("<u2").astype("<u4") << np.uint32(16)
-    return words.view("<f4").astype(np.float32)
+    words: npt.NDArray[np.uint32] = contiguous.view("<u2").astype(np.uint32) << np.uint32(16)
+    return words.view(np.float32)

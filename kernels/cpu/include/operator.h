@@ -1,4 +1,5 @@
-// What an operator sees of ONNX Runtime: attributes when it is made, tensors and threads when it runs.
+// What an operator sees of ONNX Runtime: attributes when it is made, tensors and threads when it
+// runs.
 //
 // Errors are thrown as OperatorError and become an OrtStatus at the ABI's edge (operator.cc), where
 // the node's name is put in front.

@@ -62,7 +62,7 @@ ort::OrtStatus* Guard(const ort::OrtApi& api, const std::string& label, Function
 const CustomOp& Self(const ort::OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
 
 ort::OrtStatus* MakeNode(const ort::OrtCustomOp* op, const ort::OrtApi*,
-                             const ort::OrtKernelInfo* info, void** kernel) {
+                         const ort::OrtKernelInfo* info, void** kernel) {
   const CustomOp& self = Self(op);
   const std::string label = NodeLabel(self.api, info, self.spec.name);
   return Guard(self.api, label, [&] {

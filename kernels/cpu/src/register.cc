@@ -21,7 +21,8 @@ ort::OrtStatus* MakeLibrary(const ort::OrtApi& api, const KernelTable& kernels, 
   for (OperatorSpec (*spec)() :
        {QLinearSpec, QEmbeddingSpec, AttentionSpec, RmsNormSpec, GatedActivationSpec}) {
     library->ops.push_back(std::make_unique<CustomOp>(spec(), kernels, api));
-    if (ort::OrtStatus* status = api.CustomOpDomain_Add(library->domain, library->ops.back().get())) {
+    if (ort::OrtStatus* status =
+            api.CustomOpDomain_Add(library->domain, library->ops.back().get())) {
       return status;
     }
   }

@@ -40,16 +40,15 @@ uint32_t SavedState() {
 
 bool HasAvx2() {
   const CpuidLeaf basic = Cpuid(1), extended = Cpuid(7);
-  const bool instructions = HasBits(basic.ecx, {12 /* fma */, 27 /* osxsave */, 28 /* avx */,
-                                                29 /* f16c */}) &&
-                            HasBits(extended.ebx, {5 /* avx2 */});
+  const bool instructions =
+      HasBits(basic.ecx, {12 /* fma */, 27 /* osxsave */, 28 /* avx */, 29 /* f16c */}) &&
+      HasBits(extended.ebx, {5 /* avx2 */});
   return instructions && HasBits(SavedState(), {1 /* xmm */, 2 /* ymm */});
 }
 
 bool HasAvx512() {
   const CpuidLeaf extended = Cpuid(7);
-  return HasAvx2() &&
-         HasBits(extended.ebx, {16 /* f */, 17 /* dq */, 30 /* bw */, 31 /* vl */}) &&
+  return HasAvx2() && HasBits(extended.ebx, {16 /* f */, 17 /* dq */, 30 /* bw */, 31 /* vl */}) &&
          HasBits(extended.ecx, {11 /* vnni */}) &&
          HasBits(SavedState(), {5 /* opmask */, 6 /* zmm low */, 7 /* zmm high */});
 }

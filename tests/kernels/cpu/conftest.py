@@ -65,10 +65,7 @@ def make_model(
             for i, value in enumerate(inputs)
             if value is not None and i not in initializers
         ],
-        [
-            helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None)
-            for i in range(outputs)
-        ],
+        [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(outputs)],
         [onnx.numpy_helper.from_array(value, f"x{i}") for i, value in initializers.items()],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(OPERATOR_DOMAIN, 1)]

@@ -153,8 +153,9 @@ void Attention(const AttentionTile& t) {
         }
       }
     }
-    const Gemm product = {scores, kAttentionKeys, t.values + first * t.value_stride, t.value_stride,
-                          sums,   value_stride,   count};
+    const Gemm product = {scores,         kAttentionKeys, t.values + first * t.value_stride,
+                          t.value_stride, sums,           value_stride,
+                          count};
     GemmAccumulate(product, t.rows, t.value_dim);
   }
 

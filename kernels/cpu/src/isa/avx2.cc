@@ -7,8 +7,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",    QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>,
-    Attention, RmsNorm,             GatedActivation,
+    "avx2",  QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>, Attention,
+    RmsNorm, GatedActivation,
 };
 
 }  // namespace qcompile::cpu

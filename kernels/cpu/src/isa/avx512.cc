@@ -7,8 +7,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512",    QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>,
-    Attention, RmsNorm,             GatedActivation,
+    "avx512", QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>, Attention,
+    RmsNorm,  GatedActivation,
 };
 
 }  // namespace qcompile::cpu

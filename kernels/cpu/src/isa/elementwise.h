@@ -45,8 +45,7 @@ inline void ForGated(const float* gate, const float* up, float* y, int64_t count
   }
 }
 
-void GatedActivation(Activation kind, const float* gate, const float* up, float* y,
-                     int64_t count) {
+void GatedActivation(Activation kind, const float* gate, const float* up, float* y, int64_t count) {
   switch (kind) {
     case Activation::kSilu:
       return ForGated(gate, up, y, count, [](F x) { return x * Sigmoid(x); });

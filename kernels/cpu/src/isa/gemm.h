@@ -1,4 +1,5 @@
-// A float matrix product of cache-resident operands: C[rows, cols] (+)= A[rows, depth] B[depth, cols].
+// A float matrix product of cache-resident operands: C[rows, cols] (+)= A[rows, depth] B[depth,
+// cols].
 #ifndef QCOMPILE_CPU_ISA_GEMM_H_
 #define QCOMPILE_CPU_ISA_GEMM_H_
 

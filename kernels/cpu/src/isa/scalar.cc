@@ -7,8 +7,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kScalarKernels = {
-    "scalar",    QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>,
-    Attention, RmsNorm,             GatedActivation,
+    "scalar", QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>, Attention,
+    RmsNorm,  GatedActivation,
 };
 
 }  // namespace qcompile::cpu

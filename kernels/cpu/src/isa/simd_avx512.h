@@ -22,11 +22,11 @@ struct Bytes {
   __m512i v;
 };
 
-constexpr int kLinearRows = 8;   // rows that share a pass over the weights
-constexpr int kWideBlocks = 4;   // column blocks in flight for a single row
+constexpr int kLinearRows = 8;      // rows that share a pass over the weights
+constexpr int kWideBlocks = 4;      // column blocks in flight for a single row
 constexpr int kChainedOutputs = 4;  // most outputs that have two sums each
-constexpr int kGemmRows = 8;     // rows of the float micro kernel
-constexpr int kGemmVectors = 2;  // its columns, in vectors
+constexpr int kGemmRows = 8;        // rows of the float micro kernel
+constexpr int kGemmVectors = 2;     // its columns, in vectors
 
 inline __mmask16 FirstLanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 

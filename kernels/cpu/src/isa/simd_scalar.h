@@ -28,11 +28,11 @@ struct Bytes {
   uint8_t v[64];
 };
 
-constexpr int kLinearRows = 4;   // rows that share a pass over the weights
-constexpr int kWideBlocks = 1;   // column blocks in flight for a single row
+constexpr int kLinearRows = 4;      // rows that share a pass over the weights
+constexpr int kWideBlocks = 1;      // column blocks in flight for a single row
 constexpr int kChainedOutputs = 1;  // most outputs that have two sums each
-constexpr int kGemmRows = 4;     // rows of the float micro kernel
-constexpr int kGemmVectors = 1;  // its columns, in vectors
+constexpr int kGemmRows = 4;        // rows of the float micro kernel
+constexpr int kGemmVectors = 1;     // its columns, in vectors
 
 template <class Result, class Function>
 inline Result ForLanes(Function function) {

@@ -10,7 +10,16 @@ namespace qcompile::cpu {
 namespace {
 
 enum Input : size_t {
-  kQuery, kKey, kValue, kKeyCache, kValueCache, kKeyMask, kBias, kCos, kSin, kSinks
+  kQuery,
+  kKey,
+  kValue,
+  kKeyCache,
+  kValueCache,
+  kKeyMask,
+  kBias,
+  kCos,
+  kSin,
+  kSinks
 };
 
 struct Settings {
@@ -86,10 +95,9 @@ void ReadCaches(const Context& context, const Settings& s, Problem* p) {
   }
   Require(bool{p->key_mask}, "caches need a key_mask, whose length tells how full they are");
   const Shape &keys = p->key_cache.shape, &values = p->value_cache.shape;
-  Require(keys.rank == 4 && keys[0] == p->batch && keys[1] == s.kv_heads &&
-              keys[3] == p->head_dim,
-          "key_cache has shape ", keys, " instead of [", p->batch, ", ", s.kv_heads,
-          ", capacity, ", p->head_dim, "]");
+  Require(keys.rank == 4 && keys[0] == p->batch && keys[1] == s.kv_heads && keys[3] == p->head_dim,
+          "key_cache has shape ", keys, " instead of [", p->batch, ", ", s.kv_heads, ", capacity, ",
+          p->head_dim, "]");
   Require(values.rank == 4 && values[0] == p->batch && values[1] == s.kv_heads &&
               values[2] == keys[2] && values[3] == p->value_dim,
           "value_cache has shape ", values, " instead of [", p->batch, ", ", s.kv_heads, ", ",
@@ -112,8 +120,8 @@ void ReadRotary(const Context& context, const Settings& s, Problem* p) {
   for (const auto* table : {&cos, &sin}) {
     Require(bool{*table}, "rotary_dim = ", s.rotary_dim, " needs both cos and sin");
     const Shape& shape = table->shape;
-    Require(shape.rank == 3 && (shape[0] == 1 || shape[0] == p->batch) &&
-                shape[1] == p->queries && shape[2] == half,
+    Require(shape.rank == 3 && (shape[0] == 1 || shape[0] == p->batch) && shape[1] == p->queries &&
+                shape[2] == half,
             "cos or sin has shape ", shape, " instead of [1 or ", p->batch, ", ", p->queries, ", ",
             half, "]");
   }
@@ -293,8 +301,7 @@ class Attention : public Operator {
                   bool rows_are_heads) const {
     const int64_t kv_head = head / (s_.heads / s_.kv_heads);
     const int64_t tile_floats = AttentionScratchFloats(p.head_dim, p.value_dim);
-    float* scratch =
-        ScratchFloats(ScratchSlot::kWorker, tile_floats + kAttentionRows * p.head_dim);
+    float* scratch = ScratchFloats(ScratchSlot::kWorker, tile_floats + kAttentionRows * p.head_dim);
     AttentionTile tile = {};
     tile.scratch = scratch;
 
@@ -353,21 +360,22 @@ class Attention : public Operator {
 
 OperatorSpec AttentionSpec() {
   const TensorSpec floats = {ort::kFloat, ort::kOptional};
-  return {"Attention",
-          {{ort::kFloat},
-           {ort::kFloat},
-           {ort::kFloat},
-           floats,                         // key_cache
-           floats,                         // value_cache
-           {ort::kInt64, ort::kOptional},  // key_mask
-           floats,                         // bias
-           floats,                         // cos
-           floats,                         // sin
-           floats},                        // sinks
-          {{ort::kFloat}, floats, floats},
-          [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
-            return std::make_unique<Attention>(attributes, kernels);
-          }};
+  return {
+      "Attention",
+      {{ort::kFloat},
+       {ort::kFloat},
+       {ort::kFloat},
+       floats,                         // key_cache
+       floats,                         // value_cache
+       {ort::kInt64, ort::kOptional},  // key_mask
+       floats,                         // bias
+       floats,                         // cos
+       floats,                         // sin
+       floats},                        // sinks
+      {{ort::kFloat}, floats, floats},
+      [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
+        return std::make_unique<Attention>(attributes, kernels);
+      }};
 }
 
 }  // namespace qcompile::cpu

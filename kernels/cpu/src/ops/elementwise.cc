@@ -37,9 +37,9 @@ class RmsNorm : public Operator {
 
 Activation ReadActivation(const Attributes& attributes) {
   static constexpr std::pair<const char*, Activation> kKinds[] = {
-      {"silu", Activation::kSilu},         {"gelu", Activation::kGelu},
+      {"silu", Activation::kSilu},          {"gelu", Activation::kGelu},
       {"gelu_tanh", Activation::kGeluTanh}, {"relu", Activation::kRelu},
-      {"sigmoid", Activation::kSigmoid},   {"tanh", Activation::kTanh},
+      {"sigmoid", Activation::kSigmoid},    {"tanh", Activation::kTanh},
       {"identity", Activation::kIdentity},
   };
   const std::string kind = attributes.String("kind", "silu");
@@ -77,21 +77,23 @@ class GatedActivation : public Operator {
 }  // namespace
 
 OperatorSpec RmsNormSpec() {
-  return {"RmsNorm",
-          {{ort::kFloat}, {ort::kFloat, ort::kOptional}},
-          {{ort::kFloat}},
-          [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
-            return std::make_unique<RmsNorm>(attributes, kernels);
-          }};
+  return {
+      "RmsNorm",
+      {{ort::kFloat}, {ort::kFloat, ort::kOptional}},
+      {{ort::kFloat}},
+      [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
+        return std::make_unique<RmsNorm>(attributes, kernels);
+      }};
 }
 
 OperatorSpec GatedActivationSpec() {
-  return {"GatedActivation",
-          {{ort::kFloat}, {ort::kFloat}},
-          {{ort::kFloat}},
-          [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
-            return std::make_unique<GatedActivation>(attributes, kernels);
-          }};
+  return {
+      "GatedActivation",
+      {{ort::kFloat}, {ort::kFloat}},
+      {{ort::kFloat}},
+      [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
+        return std::make_unique<GatedActivation>(attributes, kernels);
+      }};
 }
 
 }  // namespace qcompile::cpu

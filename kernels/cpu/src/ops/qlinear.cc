@@ -113,8 +113,7 @@ class QLinear : public Operator {
     auto* scales = reinterpret_cast<float*>(sums + rows * groups);
     context.ParallelFor(rows, rows * layout_.k, [&](int64_t r) {
       kernels_.quantize_row({x + r * layout_.k, layout_.k, padded_k, layout_.group_size, per_group,
-                             codes + r * padded_k, sums + r * groups,
-                             scales + r * scales_per_row});
+                             codes + r * padded_k, sums + r * groups, scales + r * scales_per_row});
     });
     tile.codes = codes;
     tile.sums = sums;
@@ -132,7 +131,8 @@ class QLinear : public Operator {
       tile.row_end = std::min(tile.row_begin + split.row_panel, rows);
       tile.block_begin = task % split.column_tasks * split.columns;
       tile.block_end = std::min(tile.block_begin + split.columns, layout_.column_blocks());
-      if (tile.x != nullptr) tile.scratch = ScratchFloats(ScratchSlot::kWorker, kLinearScratchFloats);
+      if (tile.x != nullptr)
+        tile.scratch = ScratchFloats(ScratchSlot::kWorker, kLinearScratchFloats);
       kernel(tile);
     });
   }
@@ -145,12 +145,13 @@ class QLinear : public Operator {
 }  // namespace
 
 OperatorSpec QLinearSpec() {
-  return {"QLinear",
-          {{ort::kFloat}, {ort::kUint8}, {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}},
-          {{ort::kFloat}},
-          [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
-            return std::make_unique<QLinear>(attributes, kernels);
-          }};
+  return {
+      "QLinear",
+      {{ort::kFloat}, {ort::kUint8}, {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}},
+      {{ort::kFloat}},
+      [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
+        return std::make_unique<QLinear>(attributes, kernels);
+      }};
 }
 
 }  // namespace qcompile::cpu

@@ -1,0 +1,132 @@
+"""The packed format, byte for byte, and its inverse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.kernels.cpu.layout import (
+    SCALE_DTYPES,
+    ScaleDtype,
+    pack_linear,
+    packed_size,
+    unpack_linear,
+)
+
+
+def test_four_bits_are_where_the_format_says() -> None:
+    rng = np.random.default_rng(0)
+    n, k, group_size = 18, 40, 16
+    codes = rng.integers(0, 16, (n, k), dtype=np.uint8)
+    scale = rng.uniform(0.5, 1, (n, 3)).astype(np.float16)
+    zero = rng.integers(0, 16, (n, 3), dtype=np.uint8)
+    packed = pack_linear(codes, scale, zero, bits=4, group_size=group_size)
+    full = 32 + 16 + 16 * 16 // 2  # scales, zero points, codes of a full group
+    short = 32 + 16 + 8 * 16 // 2
+    assert packed.shape == (2 * (2 * full + short),)
+    for row, column in [(0, 0), (3, 5), (15, 31), (16, 12), (17, 39)]:
+        group, offset = divmod(column, group_size)
+        at = (row // 16) * (2 * full + short) + group * full
+        lane = row % 16
+        assert packed[at : at + 32].view(np.float16)[lane] == scale[row, group]
+        assert packed[at + 32 + lane] == zero[row, group]
+        byte = packed[at + 48 + offset // 8 * 64 + 4 * lane + offset % 4]
+        assert (byte >> 4 if offset % 8 >= 4 else byte & 15) == codes[row, column]
+
+
+def test_eight_bits_are_where_the_format_says() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (16, 24), dtype=np.uint8)
+    scale = rng.uniform(0.5, 1, (16, 1)).astype(np.float32)
+    packed = pack_linear(codes, scale, bits=8, group_size=0, scale_dtype="float32")
+    assert packed.shape == (64 + 24 * 16,)
+    np.testing.assert_array_equal(packed[:64].view(np.float32), scale[:, 0])
+    for row, column in [(0, 0), (7, 13), (15, 23)]:
+        assert packed[64 + column // 4 * 64 + 4 * row + column % 4] == codes[row, column]
+
+
+def test_padding_is_zero_weight() -> None:
+    # K = 20 pads to 24 with the zero point, N = 3 to 16 with scale 0.
+    codes = np.full((3, 20), 9, np.uint8)
+    zero = np.full((3, 1), 5, np.uint8)
+    packed = pack_linear(codes, np.ones((3, 1), np.float32), zero, bits=8, group_size=0)
+    scales = packed[:32].view(np.float16)
+    np.testing.assert_array_equal(scales, [1] * 3 + [0] * 13)
+    np.testing.assert_array_equal(packed[48 + 5 * 64 : 48 + 5 * 64 + 12], 5)
+
+
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 150),
+    bits=st.sampled_from([4, 8]),
+    group_size=st.sampled_from([0, 16, 32, 48, 64, 128]),
+    zeros=st.booleans(),
+    scale_dtype=st.sampled_from(SCALE_DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_unpack_is_the_inverse_of_pack(
+    n: int, k: int, bits: int, group_size: int, zeros: bool, scale_dtype: ScaleDtype, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    groups = 1 if group_size == 0 else -(-k // group_size)
+    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
+    scale = rng.integers(1, 128, (n, groups)).astype(np.float32) / 64  # exact in every type
+    zero = rng.integers(0, 1 << bits, (n, groups), dtype=np.uint8) if zeros else None
+    packed = pack_linear(
+        codes, scale, zero, bits=bits, group_size=group_size, scale_dtype=scale_dtype
+    )
+    assert packed.size == packed_size(
+        n, k, bits=bits, group_size=group_size, has_zero_point=zeros, scale_dtype=scale_dtype
+    )
+    back_codes, back_scale, back_zero = unpack_linear(
+        packed,
+        n,
+        k,
+        bits=bits,
+        group_size=group_size,
+        has_zero_point=zeros,
+        scale_dtype=scale_dtype,
+    )
+    np.testing.assert_array_equal(back_codes, codes)
+    np.testing.assert_array_equal(back_scale, scale)
+    if zero is None:
+        assert back_zero is None
+    else:
+        np.testing.assert_array_equal(back_zero, zero)
+
+
+def _codes(value: int = 0) -> np.ndarray:
+    return np.full((4, 32), value, np.uint8)
+
+
+def _scale(value: float = 1.0, groups: int = 1) -> np.ndarray:
+    return np.full((4, groups), value, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((_codes(16), _scale()), {}, "codes hold 16, which 4 bits do not"),
+        ((_codes(), _scale(), np.full((4, 1), 16, np.uint8)), {}, "zero_point hold 16"),
+        ((_codes(), _scale(0.1)), {}, "is no float16: round scales before"),
+        ((_codes(), _scale(1e6)), {}, "is no float16"),
+        ((_codes(), _scale(0.1)), {"scale_dtype": "bfloat16"}, "is no bfloat16"),
+        ((_codes(), _scale(groups=2)), {}, "scale has shape"),
+        ((_codes(), _scale(), np.zeros((4, 2), np.uint8)), {}, "zero_point must be"),
+        ((_codes().astype(np.int32), _scale()), {}, "codes must be"),
+        ((_codes(), _scale()), {"bits": 3}, "bits = 3"),
+        ((_codes(), _scale()), {"group_size": 8}, "group_size = 8"),
+        ((_codes(), _scale()), {"scale_dtype": "float64"}, "scale_dtype = 'float64'"),
+        ((_codes()[:0], _scale()[:0]), {}, "cannot be packed"),
+    ],
+)
+def test_bad_weights_are_refused(arguments, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_linear(*arguments, **{"bits": 4, "group_size": 0, **options})
+
+
+def test_unpack_refuses_the_wrong_size() -> None:
+    with pytest.raises(ValueError, match="packed must be"):
+        unpack_linear(np.zeros(10, np.uint8), 4, 32, bits=4, group_size=0, has_zero_point=False)
