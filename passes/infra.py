@@ -17,6 +17,7 @@ from qcompile.errors import EquivalenceError, QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.verify import MalformedProgramError
+from qcompile.progress import NullProgress, Progress
 
 
 @dataclass(frozen=True)
@@ -76,26 +77,16 @@ class PassResult:
         return self.rewrites > 0
 
 
-class Observer:
-    """Told of progress; the base class ignores it."""
-
-    def stage(self, name: str, total: int | None = None) -> None:
-        """A new stage begins, of `total` steps if that is known."""
-
-    def advance(self, steps: int = 1, detail: str = "") -> None:
-        """Steps of the present stage are done."""
-
-
 @dataclass
 class Context:
     """What the passes of one compilation share.
 
     Attributes:
-        observer: Told of progress.
+        progress: Told of stages and steps.
         seed: For everything random.
     """
 
-    observer: Observer = field(default_factory=Observer)
+    progress: Progress = field(default_factory=NullProgress)
     seed: int = 0
 
 

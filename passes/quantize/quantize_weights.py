@@ -98,7 +98,7 @@ class QuantizeWeights(Pass):
                 result.skips.append(Skip(weight.name, decision.reason))
             else:
                 chosen.append((weight, decision.format))
-        context.observer.stage("quantize weights", len(chosen))
+        context.progress.stage("quantize weights", len(chosen))
         for weight, format in chosen:
             rounded = rtn(
                 program.weights.materialize(weight.name),
@@ -109,7 +109,7 @@ class QuantizeWeights(Pass):
             replace_weight(program, weight, rounded.weight)
             result.rewrites += 1
             result.details.append(_record(weight, rounded))
-            context.observer.advance(1, weight.name)
+            context.progress.advance(1, weight.name)
         return result
 
 

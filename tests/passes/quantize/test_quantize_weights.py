@@ -8,7 +8,8 @@ from qcompile.errors import ModelError, QCompileError, RecipeError
 from qcompile.formats import parse_format, rtn
 from qcompile.ir import dialect
 from qcompile.ir.types import Fact
-from qcompile.passes.infra import Context, Observer, PassManager, run_passes
+from qcompile.passes.infra import Context, PassManager, run_passes
+from qcompile.progress import NullProgress
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
@@ -142,15 +143,15 @@ def test_tied_weight_stays_float_when_asked(tied):
 
 @pytest.mark.parametrize("head", ["int4-g16", "float"])
 def test_tied_weight_with_two_formats_is_refused_before_any_work(tied, head):
-    observer = Counter()
+    progress = Counter()
     with pytest.raises(RecipeError, match=r"'embed\.weight' is both embedding and lm_head"):
         QuantizeWeights("int4-g16", embedding="int8", lm_head=head).run(
-            tied.copy(), Context(observer)
+            tied.copy(), Context(progress)
         )
-    assert observer.steps == []
+    assert progress.steps == []
 
 
-class Counter(Observer):
+class Counter(NullProgress):
     def __init__(self):
         self.total = None
         self.steps = []
@@ -163,10 +164,10 @@ class Counter(Observer):
 
 
 def test_progress_counts_weights(untied):
-    observer = Counter()
-    PassManager([QuantizeWeights("int8")]).run(untied, Context(observer))
-    assert observer.total == 4
-    assert observer.steps == ["gate.weight", "up.weight", "down.weight", "head.weight"]
+    progress = Counter()
+    PassManager([QuantizeWeights("int8")]).run(untied, Context(progress))
+    assert progress.total == 4
+    assert progress.steps == ["gate.weight", "up.weight", "down.weight", "head.weight"]
 
 
 def test_record_tells_format_bits_and_error(linear):

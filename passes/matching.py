@@ -1,0 +1,387 @@
+"""Finding where a pattern fits, and saying why it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.ir.program import Program
+from qcompile.ir.text import format_target
+from qcompile.passes.pattern import (
+    Call,
+    Choice,
+    Kind,
+    Marked,
+    Pattern,
+    Term,
+    Variable,
+    arrange,
+    depth,
+    key_of,
+    name_of,
+    parameters,
+    root_targets,
+    subterms,
+)
+
+_aten = torch.ops.aten
+
+COMMUTATIVE = frozenset(
+    {_aten.add.Tensor, _aten.mul.Tensor, _aten.maximum.default, _aten.minimum.default}
+    | {_aten.logical_and.default, _aten.logical_or.default}
+    | {_aten.bitwise_and.Tensor, _aten.bitwise_or.Tensor}
+)
+"""Operators whose first two operands may stand in either order (`add` if its alpha is 1)."""
+
+Bound = Mapping[Term | str, Any]
+"""What is bound so far: calls and choices by themselves, variables by name."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """A place where a pattern fits. ``match["x"]`` is what the variable, or `Named`, x binds.
+
+    Attributes:
+        program: The program.
+        bindings: Every name of the pattern to a node or a plain value; None where absent.
+        outputs: The nodes to be replaced, in the order of the pattern.
+        nodes: All calls inside, the outputs among them, in graph order.
+        inputs: The boundary: what `nodes` read and are not, in the order they read it.
+    """
+
+    program: Program
+    bindings: Mapping[str, Any]
+    outputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bindings[name]
+
+    def value(self, name: str) -> Tensor:
+        """The fake tensor of a bound node: its shape and dtype without numbers."""
+        value = self.bindings[name].meta["val"]
+        assert isinstance(value, Tensor)
+        return value
+
+    def subgraph(self) -> fx.Graph:
+        """The matched region by itself, one placeholder for each of `inputs`; see `region`."""
+        return region(self.inputs, self.outputs)
+
+
+def region(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:
+    """What computes `outputs` from `inputs`, as a graph of its own.
+
+    Args:
+        inputs: Where to stop; each becomes a placeholder, in this order, needed or not.
+        outputs: What the new graph returns, as a tuple.
+
+    Returns:
+        A graph whose placeholders are the inputs, then every other weight and program input that
+        is reached. ``meta["source"]`` of a placeholder is the node that it stands for.
+    """
+    leaves, inside = dict.fromkeys(inputs), set[fx.Node]()
+    pending = [node for node in outputs if node not in leaves]
+    while pending:
+        node = pending.pop()
+        if node.op != "call_function":
+            leaves[node] = None
+        elif node not in inside:
+            inside.add(node)
+            pending += [operand for operand in node.all_input_nodes if operand not in leaves]
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in leaves:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = {**node.meta, "source": node}
+    for node in sorted(inside):
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return graph
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Where a match failed.
+
+    Attributes:
+        progress: How much was bound before; of several ways to fail, the furthest is told.
+        node: The node, or argument, that does not fit.
+        where: The part of the pattern, as a chain from the innermost outwards.
+        why: What was needed, without names of nodes, so that equal reasons can be counted.
+    """
+
+    progress: int
+    node: Any
+    where: _Where
+    why: str
+
+    @property
+    def reason(self) -> str:
+        """``"input of aten.linear: needs qc.rms_norm, found aten.silu 'silu_3'"``."""
+        name = f" '{self.node.name}'" if isinstance(self.node, fx.Node) else ""
+        return f"{self.kind}{name}"
+
+    @property
+    def kind(self) -> str:
+        """The reason without the node's name."""
+        return f"{_describe_place(self.where)}: {self.why}"
+
+
+_Where = tuple[Any, ...]
+"""``()`` at the root, else ``(outer place, call term, target, index of operand)``."""
+
+
+class Matcher:
+    """Tries one pattern at one node.
+
+    Attributes:
+        miss: After all matches have been drawn, the furthest failure, if there was one.
+    """
+
+    def __init__(self, pattern: Pattern, program: Program) -> None:
+        self.pattern = pattern
+        self.program = program
+        self.miss: Miss | None = None
+
+    def matches(self, anchor: fx.Node) -> Iterator[Match]:
+        """All ways in which the pattern fits with its first output at `anchor`."""
+        for bound in self._value(self.pattern.outputs[0], anchor, {}, ()):
+            for complete in self._further_outputs(1, bound):
+                match = self._conclude(complete)
+                if match is not None:
+                    yield match
+
+    def _further_outputs(self, position: int, bound: Bound) -> Iterator[Bound]:
+        if position == len(self.pattern.outputs):
+            yield bound
+            return
+        term = self.pattern.outputs[position]
+        taken = [bound[key_of(earlier)] for earlier in self.pattern.outputs[:position]]
+        candidates = [node for node in _candidates(term, bound) if node not in taken]
+        if not candidates:
+            self._fail(bound, taken[0], (), f"no {_label(term)} beside it for output {position}")
+        for node in candidates:
+            for extended in self._value(term, node, bound, ()):
+                yield from self._further_outputs(position + 1, extended)
+
+    def _value(self, term: Any, value: Any, bound: Bound, where: _Where) -> Iterator[Bound]:
+        if isinstance(term, (list, tuple)):
+            yield from self._list(term, value, bound, where)
+        elif not isinstance(term, Term):
+            if self._is_literal(term, value):
+                yield bound
+            else:
+                self._fail(bound, value, where, f"needs {term!r}, found {_found(value)}")
+        elif key_of(term) in bound:
+            known = bound[key_of(term)]
+            if known is value or (not isinstance(value, fx.Node) and known == value):
+                yield bound
+            else:
+                self._fail(bound, value, where, "is not the same value as elsewhere in the pattern")
+        elif isinstance(term, Variable):
+            if _may_bind(term, value):
+                yield {**bound, key_of(term): value}
+            else:
+                self._fail(bound, value, where, f"needs {term.kind.value}, found {_found(value)}")
+        elif isinstance(term, Call):
+            yield from self._call(term, value, bound, where)
+        else:
+            yield from self._wrapped(term, value, bound, where)
+
+    def _wrapped(self, term: Term, value: Any, bound: Bound, where: _Where) -> Iterator[Bound]:
+        options = term.options if isinstance(term, Choice) else (getattr(term, "term"),)  # noqa: B009
+        for option in options:
+            for extended in self._value(option, value, bound, where):
+                yield {**extended, term: value}
+
+    def _call(self, term: Call, value: Any, bound: Bound, where: _Where) -> Iterator[Bound]:
+        if not isinstance(value, fx.Node) or value.target not in term.targets:
+            self._fail(bound, value, where, f"needs {term.label}, found {_found(value)}")
+            return
+        wanted = term.operands(value.target)
+        found = arrange(value.target, value.args, value.kwargs)
+        if wanted is None or found is None or len(wanted) != len(found):
+            self._fail(
+                bound, value, where, f"{value.target} takes other arguments than the pattern"
+            )
+            return
+        places = [(where, term, value.target, index) for index in range(len(wanted))]
+        for operands in _orders(value.target, found):
+            items = list(zip(wanted, operands, places, strict=True))
+            yield from self._all(items, {**bound, term: value})
+
+    def _list(
+        self, terms: Sequence[Any], value: Any, bound: Bound, where: _Where
+    ) -> Iterator[Bound]:
+        if not isinstance(value, (list, tuple)) or len(value) != len(terms):
+            wanted = f"a list of {len(terms)}"
+            self._fail(bound, value, where, f"needs {wanted}, found {_found(value)}")
+            return
+        yield from self._all([(t, v, where) for t, v in zip(terms, value, strict=True)], bound)
+
+    def _all(self, items: list[tuple[Any, Any, _Where]], bound: Bound) -> Iterator[Bound]:
+        if not items:
+            yield bound
+            return
+        term, value, where = items[0]
+        for extended in self._value(term, value, bound, where):
+            yield from self._all(items[1:], extended)
+
+    def _is_literal(self, expected: Any, found: Any) -> bool:
+        """Whether a plain value is the one in the pattern; a 0-dim weight counts as its number."""
+        if isinstance(found, fx.Node):
+            return _is_number(expected) and _is_scalar_weight(self.program, found, expected)
+        if _is_number(expected):
+            return _is_number(found) and bool(expected == found)
+        return type(expected) is type(found) and bool(expected == found)
+
+    def _conclude(self, bound: Bound) -> Match | None:
+        """The match, if its inside is used nowhere else and its inputs can be had in time."""
+        outputs = tuple(bound[key_of(term)] for term in self.pattern.outputs)
+        nodes = {value: None for term, value in bound.items() if isinstance(term, Call)}
+        shared = {bound[term] for term in bound if isinstance(term, Marked) and term.shared}
+        for node in nodes:
+            outside = None
+            if node not in outputs and node not in shared:
+                outside = next((user for user in node.users if user not in nodes), None)
+            if outside is not None:
+                why = f"{_found(node)} inside the match is also used outside, by {_found(outside)}"
+                self._fail(bound, outside, (), why)
+                return None
+        for key, value in bound.items():
+            if isinstance(key, str) and isinstance(value, fx.Node) and value in nodes:
+                self._fail(bound, value, (), f"'{key}' binds a value inside the match")
+                return None
+        inside = tuple(sorted(nodes))
+        inputs = dict.fromkeys(i for node in inside for i in node.all_input_nodes if i not in nodes)
+        bindings = dict.fromkeys(self.pattern.names)
+        bindings |= {name_of(k): v for k, v in _named(bound) if name_of(k)}
+        bindings |= {key: value for key, value in bound.items() if isinstance(key, str)}
+        match = Match(self.program, bindings, outputs, inside, tuple(inputs))
+        if placement(match) is None:
+            self._fail(bound, outputs[-1], (), "one output is needed to compute an input")
+            return None
+        return match
+
+    def _fail(self, bound: Bound, node: Any, where: _Where, why: str) -> None:
+        if self.miss is None or len(bound) > self.miss.progress:
+            self.miss = Miss(len(bound), node, where, why)
+
+
+def placement(match: Match) -> tuple[fx.Node, list[fx.Node]] | None:
+    """Where replacements go: before a node, once some others have been moved before it, in order.
+
+    With one output that is the output itself. Several are replaced at the first use of any; what
+    their inputs need and stands later must move up, which is impossible if it needs an output.
+    """
+    if len(match.outputs) == 1:
+        return match.outputs[0], []
+    inside = set(match.nodes)
+    uses = [user for output in match.outputs for user in output.users if user not in inside]
+    point = min(uses) if uses else match.outputs[-1]
+    late: set[fx.Node] = set()
+    pending = [node for node in match.inputs if not node < point]
+    while pending:
+        node = pending.pop()
+        if node in inside:
+            return None
+        if node not in late:
+            late.add(node)
+            pending += [operand for operand in node.all_input_nodes if not operand < point]
+    # A use that an input needs would have to stand before itself.
+    return None if point in late else (point, sorted(late))
+
+
+def _candidates(term: Term, bound: Bound) -> list[fx.Node]:
+    """Nodes that may be a further output: users, near enough, of something it shares."""
+    shared = [bound[key_of(sub)] for sub in subterms(term) if key_of(sub) in bound]
+    nodes = [value for value in shared if isinstance(value, fx.Node)]
+    if not nodes:
+        return []
+    start = min(nodes, key=lambda node: len(node.users))
+    level, reached = {start: None}, dict[fx.Node, None]()
+    for _ in range(depth(term)):
+        level = dict.fromkeys(user for node in level for user in node.users)
+        reached |= level
+    targets = root_targets(term) or frozenset()
+    return sorted(node for node in reached if node.target in targets)
+
+
+def _orders(target: Any, operands: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    yield operands
+    if target in COMMUTATIVE and (target is not _aten.add.Tensor or operands[2] == 1):
+        yield (operands[1], operands[0], *operands[2:])
+
+
+def _may_bind(variable: Variable, value: Any) -> bool:
+    if value is None and variable.optional:
+        return True
+    match variable.kind:
+        case Kind.TENSOR:
+            return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+        case Kind.WEIGHT:
+            return isinstance(value, fx.Node) and value.op == "get_attr"
+        case Kind.CONST:
+            return not _has_node(value)
+        case Kind.ANYTHING:
+            return True
+
+
+def _has_node(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_node, value))
+    return isinstance(value, fx.Node)
+
+
+def _named(bound: Bound) -> Iterator[tuple[Term, Any]]:
+    return ((key, value) for key, value in bound.items() if isinstance(key, Marked))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_scalar_weight(program: Program, node: fx.Node, expected: float) -> bool:
+    if node.op != "get_attr" or node.meta["val"].dim() != 0:
+        return False
+    tensor = program.weights.materialize(str(node.target))
+    if tensor.is_meta:
+        return False
+    return bool(tensor.item() == torch.tensor(expected, dtype=tensor.dtype).item())
+
+
+def _label(term: Any) -> str:
+    match term:
+        case Call():
+            return term.label
+        case Choice():
+            return " or ".join(_label(option) for option in term.options)
+        case Marked():
+            return _label(term.term)
+        case Variable():
+            return term.kind.value
+    return repr(term)
+
+
+def _found(value: Any) -> str:
+    if not isinstance(value, fx.Node):
+        return repr(value)
+    if value.op == "call_function":
+        return format_target(value.target)
+    return {"get_attr": "a weight", "placeholder": "an input of the program"}.get(
+        value.op, "a result of the program"
+    )
+
+
+def _describe_place(where: _Where) -> str:
+    if not where:
+        return "output"
+    outer, term, target, index = where
+    known = parameters(target)
+    operand = known[index][0] if known is not None else f"operand {index}"
+    return f"{operand} of {term.label}" + (f", {_describe_place(outer)}" if outer else "")

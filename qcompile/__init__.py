@@ -1,0 +1,75 @@
+"""qcompile: a graph-rewriting compiler that turns a float model into a deployable low-bit one.
+
+    import qcompile as qc
+
+    artifact = qc.compile("path/to/model", recipe="w4a8-rtn", target="cpu", output="out/")
+    artifact = qc.load("out/")
+    print(artifact.generate("The capital of France is", max_new_tokens=32))
+
+Names are imported when they are first used: `load` and what it returns need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from qcompile.errors import QCompileError
+
+if TYPE_CHECKING:
+    from qcompile.artifact import Artifact, load
+    from qcompile.backends.base import Target
+    from qcompile.compiler import capture, compile, evaluate
+    from qcompile.evaluation.evaluate import Evaluation
+    from qcompile.ir.program import Program
+    from qcompile.passes.infra import Pass, run_passes
+    from qcompile.passes.rule import Rule
+    from qcompile.recipe import Recipe, load_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Artifact",
+    "Evaluation",
+    "Pass",
+    "Program",
+    "QCompileError",
+    "Recipe",
+    "Rule",
+    "Target",
+    "__version__",
+    "capture",
+    "compile",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "run_passes",
+]
+
+_HOMES = {
+    "Artifact": "qcompile.artifact",
+    "Evaluation": "qcompile.evaluation.evaluate",
+    "Pass": "qcompile.passes.infra",
+    "Program": "qcompile.ir.program",
+    "Recipe": "qcompile.recipe",
+    "Rule": "qcompile.passes.rule",
+    "Target": "qcompile.backends.base",
+    "capture": "qcompile.compiler",
+    "compile": "qcompile.compiler",
+    "evaluate": "qcompile.compiler",
+    "load": "qcompile.artifact",
+    "load_recipe": "qcompile.recipe",
+    "run_passes": "qcompile.passes.infra",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qcompile' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

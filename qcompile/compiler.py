@@ -1,0 +1,273 @@
+"""The way through the house: a model goes in, an artifact comes out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import qcompile
+from qcompile.artifact import Artifact, load
+from qcompile.atomic_directory import write_artifact_directory
+from qcompile.backends.base import Finding
+from qcompile.backends.registry import get_target
+from qcompile.errors import DataError, ModelError, TargetError
+from qcompile.frontends.huggingface import capture_model
+from qcompile.frontends.open import capture_path
+from qcompile.frontends.torch_export import capture_module
+from qcompile.ir.program import Program
+from qcompile.manifest import is_artifact
+from qcompile.packaging import write_package
+from qcompile.passes.infra import Context, PassManager, PassRecord, Phase
+from qcompile.passes.quantize.bits import count_bits
+from qcompile.pipeline import front_phases, recipe_phases
+from qcompile.progress import NullProgress, Progress
+from qcompile.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from qcompile.report import CompileReport
+from qcompile.text import TOKENIZER_NAME, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qcompile.evaluation.evaluate import Evaluation
+
+Model = str | os.PathLike[str] | torch.nn.Module | Program
+"""A model directory, a hub id, a ``.gguf`` file, a module in memory, or a captured program."""
+
+
+def compile(
+    model: Model,
+    recipe: str | Path | Mapping[str, object] | Recipe = DEFAULT_RECIPE,
+    target: str = "cpu",
+    output: str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: Any = None,
+    overrides: Mapping[str, object] | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    dequantize: bool = False,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Compiles a model into an artifact that runs on a target.
+
+    Args:
+        model: What to compile.
+        recipe: How: a name (`qcompile recipes` lists them), a YAML file, a mapping or a `Recipe`.
+        target: What for.
+        output: Directory to write; by default ``<model>-<recipe>-<target>`` here.
+        example_inputs: For a plain module, inputs to trace it with.
+        overrides: Options to set on top of the recipe, ``{"quantize_weights.format": "int8"}``.
+        overwrite: Whether an artifact that stands at `output` may be replaced.
+        threads: Threads to compile and to run with; all physical cores by default.
+        dequantize: Whether an already quantized checkpoint may be read as floats.
+        progress: Told what is going on.
+
+    Returns:
+        The artifact, loaded.
+
+    Raises:
+        QCompileError: Anything that the user can mend; nothing is left at `output` then, and what
+            stood there is still whole.
+    """
+    resolved = load_recipe(recipe, overrides)
+    backend = get_target(target)
+    progress = progress or NullProgress()
+    context = Context(progress)
+    report = CompileReport()
+    with _threads(threads), contextlib.ExitStack() as stack:
+        stack.callback(progress.done)
+        with _phase(report, progress, "capture"):
+            program = _open(model, example_inputs, dequantize)
+        destination = _destination(output, program, resolved, target)
+        program = _run(front_phases(), program, context, report)
+        _refuse(target, backend.check(program))
+        program = _run(recipe_phases(resolved), program, context, report)
+        bits = count_bits(program)
+        with _phase(report, progress, "lower"):
+            lowered = backend.lower(program, context)
+        with write_artifact_directory(
+            destination, overwrite, bytes_needed=bits.bytes
+        ) as directory:
+            with _phase(report, progress, "pack"):
+                packed = backend.pack(lowered, directory, progress)
+            report.notes = program.notes
+            write_package(
+                directory,
+                program,
+                target=backend,
+                recipe=resolved,
+                packed=packed,
+                bits=bits,
+                report=report,
+                version=qcompile.__version__,
+            )
+    return load(destination, threads=threads)
+
+
+def capture(model: Model, example_inputs: Any = None, *, dequantize: bool = False) -> Program:
+    """Captures a model as a program in canonical, raised form.
+
+    Args:
+        model: A model directory, a hub id, a ``.gguf`` file, or a module in memory.
+        example_inputs: For a plain module, inputs to trace it with: a tensor, a tuple or a dict.
+        dequantize: Whether an already quantized checkpoint may be read as floats.
+
+    Returns:
+        A program; calling it interprets it and returns what the model returns, logits first.
+
+    Raises:
+        ModelError: If the model cannot be read or traced.
+    """
+    program = _open(model, example_inputs, dequantize)
+    return PassManager(front_phases()).run(program)[0]
+
+
+def evaluate(
+    model: object,
+    text: str | os.PathLike[str] | None = None,
+    *,
+    reference: object | None = None,
+    tokenizer: object | None = None,
+    window: int = 512,
+    max_tokens: int = 16384,
+    batch_size: int = 4,
+    dequantize: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexity of a model on a text, and its divergence from a reference.
+
+    Args:
+        model: An artifact or its directory, anything that `capture` takes, or a module.
+        text: Path of a UTF-8 file; the standard library's help text by default.
+        reference: The same kinds as `model`; usually the float model.
+        tokenizer: By default that of `model`, or else of `reference`.
+        window: Tokens per window; windows are predicted independently.
+        max_tokens: Use no more of the text than this.
+        batch_size: Windows per forward pass.
+        dequantize: Whether an already quantized checkpoint may be read as floats.
+        progress: Told of each window.
+
+    Raises:
+        QCompileError: If a model or the text cannot be used.
+    """
+    from qcompile.evaluation.evaluate import evaluate as measure
+
+    loaded, own = _evaluable(model, dequantize)
+    compared, other = (None, None) if reference is None else _evaluable(reference, dequantize)
+    return measure(
+        loaded,
+        text,
+        tokenizer=tokenizer or own or other,
+        reference=compared,
+        window=window,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def _open(model: Model, example_inputs: Any, dequantize: bool) -> Program:
+    """A program as captured, before any pass."""
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return capture_path(model, dequantize=dequantize)
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(
+            f"a {type(model).__name__} is not a model",
+            remedy="pass a directory, a hub id, a .gguf file or a torch.nn.Module",
+        )
+    if example_inputs is not None:
+        return capture_module(model, example_inputs)
+    if _is_transformers_model(model):
+        return capture_model(model)
+    raise ModelError(
+        f"{type(model).__name__} is a plain module: it takes example inputs to trace it",
+        remedy="pass example_inputs=(tensor, ...)",
+    )
+
+
+def _is_transformers_model(model: object) -> bool:
+    return any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+
+
+def _evaluable(model: object, dequantize: bool) -> tuple[object, object | None]:
+    """Something that evaluation can run, and its tokenizer if it comes with one."""
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(model)
+        if path.is_dir() and is_artifact(path):
+            model = load(path)
+        else:
+            model = capture(os.fspath(model), dequantize=dequantize)
+    if isinstance(model, Program):
+        return model, _tokenizer(model)
+    return model, getattr(model, "tokenizer", None)
+
+
+def _tokenizer(program: Program) -> Tokenizer | None:
+    assets = program.provenance.assets
+    if TOKENIZER_NAME not in assets:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in assets.items():
+            (Path(folder) / name).write_bytes(content)
+        return Tokenizer.load(Path(folder))
+
+
+def _destination(
+    output: str | os.PathLike[str] | None, program: Program, recipe: Recipe, target: str
+) -> Path:
+    if output is not None:
+        return Path(output)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", program.provenance.name).strip("-") or "model"
+    return Path(f"{stem}-{recipe.name}-{target}")
+
+
+def _run(
+    phases: tuple[Phase, ...], program: Program, context: Context, report: CompileReport
+) -> Program:
+    manager = PassManager(phases)
+    program, records = manager.run(program, context)
+    _add(report, records)
+    return program
+
+
+def _add(report: CompileReport, records: list[PassRecord]) -> None:
+    report.passes += records
+    for record in records:
+        spent = record.seconds + record.check_seconds
+        report.seconds[record.phase] = report.seconds.get(record.phase, 0.0) + spent
+
+
+def _refuse(target: str, findings: list[Finding]) -> None:
+    if findings:
+        shown = "\n".join(f"  - {finding}" for finding in findings[:20])
+        more = f"\n  and {len(findings) - 20} more" if len(findings) > 20 else ""
+        raise TargetError(f"target '{target}' cannot run this model:\n{shown}{more}")
+
+
+@contextlib.contextmanager
+def _phase(report: CompileReport, progress: Progress, name: str) -> Iterator[None]:
+    progress.stage(name)
+    started = time.perf_counter()
+    yield
+    report.seconds[name] = report.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    if threads is not None and threads < 1:
+        raise DataError(f"threads is {threads}", remedy="use 1 or more")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

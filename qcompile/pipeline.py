@@ -1,0 +1,32 @@
+"""The compilation, readable from top to bottom: which passes a recipe means, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from qcompile.passes.canonicalize import canonicalize_phase
+from qcompile.passes.infra import Pass, Phase
+from qcompile.passes.quantize.quantize_activations import QuantizeActivations
+from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+from qcompile.passes.raise_ops import raise_phase
+from qcompile.recipe import Recipe, StepOptions
+
+PASSES: Mapping[str, Callable[..., Pass]] = {
+    "quantize_weights": QuantizeWeights,
+    "quantize_activations": QuantizeActivations,
+}
+"""The pass behind each step of a recipe; it takes the step's options by name."""
+
+
+def front_phases() -> tuple[Phase, ...]:
+    """What every captured program goes through before a recipe is applied."""
+    return (canonicalize_phase(), raise_phase())
+
+
+def recipe_phases(recipe: Recipe) -> tuple[Phase, ...]:
+    """The steps of a recipe, each a phase of its own."""
+    return tuple(Phase(step.name, (_make(step.name, step.options),)) for step in recipe.steps)
+
+
+def _make(name: str, options: StepOptions) -> Pass:
+    return PASSES[name](**{key: getattr(options, key) for key in type(options).model_fields})
