@@ -23,8 +23,8 @@ from qcompile.passes.pattern import (
     depth,
     key_of,
     name_of,
-    parameters,
     root_targets,
+    schema_parameters,
     subterms,
 )
 
@@ -111,13 +111,14 @@ class Miss:
     Attributes:
         progress: How much was bound before; of several ways to fail, the furthest is told.
         node: The node, or argument, that does not fit.
-        where: The part of the pattern, as a chain from the innermost outwards.
+        where: The part of the pattern, as a chain from the innermost outwards; None for a failure
+            of the match as a whole.
         why: What was needed, without names of nodes, so that equal reasons can be counted.
     """
 
     progress: int
     node: Any
-    where: _Where
+    where: _Where | None
     why: str
 
     @property
@@ -129,7 +130,7 @@ class Miss:
     @property
     def kind(self) -> str:
         """The reason without the node's name."""
-        return f"{_describe_place(self.where)}: {self.why}"
+        return self.why if self.where is None else f"{_describe_place(self.where)}: {self.why}"
 
 
 _Where = tuple[Any, ...]
@@ -164,7 +165,7 @@ class Matcher:
         taken = [bound[key_of(earlier)] for earlier in self.pattern.outputs[:position]]
         candidates = [node for node in _candidates(term, bound) if node not in taken]
         if not candidates:
-            self._fail(bound, taken[0], (), f"no {_label(term)} beside it for output {position}")
+            self._fail(bound, taken[0], None, f"no {_label(term)} beside it for output {position}")
         for node in candidates:
             for extended in self._value(term, node, bound, ()):
                 yield from self._further_outputs(position + 1, extended)
@@ -251,11 +252,11 @@ class Matcher:
                 outside = next((user for user in node.users if user not in nodes), None)
             if outside is not None:
                 why = f"{_found(node)} inside the match is also used outside, by {_found(outside)}"
-                self._fail(bound, outside, (), why)
+                self._fail(bound, outside, None, why)
                 return None
         for key, value in bound.items():
             if isinstance(key, str) and isinstance(value, fx.Node) and value in nodes:
-                self._fail(bound, value, (), f"'{key}' binds a value inside the match")
+                self._fail(bound, value, None, f"'{key}' binds a value inside the match")
                 return None
         inside = tuple(sorted(nodes))
         inputs = dict.fromkeys(i for node in inside for i in node.all_input_nodes if i not in nodes)
@@ -264,11 +265,11 @@ class Matcher:
         bindings |= {key: value for key, value in bound.items() if isinstance(key, str)}
         match = Match(self.program, bindings, outputs, inside, tuple(inputs))
         if placement(match) is None:
-            self._fail(bound, outputs[-1], (), "one output is needed to compute an input")
+            self._fail(bound, outputs[-1], None, "one output is needed to compute an input")
             return None
         return match
 
-    def _fail(self, bound: Bound, node: Any, where: _Where, why: str) -> None:
+    def _fail(self, bound: Bound, node: Any, where: _Where | None, why: str) -> None:
         if self.miss is None or len(bound) > self.miss.progress:
             self.miss = Miss(len(bound), node, where, why)
 
@@ -382,6 +383,6 @@ def _describe_place(where: _Where) -> str:
     if not where:
         return "output"
     outer, term, target, index = where
-    known = parameters(target)
+    known = schema_parameters(target)
     operand = known[index][0] if known is not None else f"operand {index}"
     return f"{operand} of {term.label}" + (f", {_describe_place(outer)}" if outer else "")

@@ -249,10 +249,14 @@ def trace_pattern(function: Callable[..., Any], rule: str) -> Pattern:
     Raises:
         RuleError: If an annotation has no meaning, or what is returned is no pattern.
     """
-    variables = {
-        name: _variable(name, parameter.annotation, rule)
-        for name, parameter in inspect.signature(function, eval_str=True).parameters.items()
-    }
+    try:
+        parameters = inspect.signature(function, eval_str=True).parameters
+    except NameError as error:
+        raise RuleError(
+            f"rule '{rule}': the annotations of its pattern cannot be read: {error}",
+            remedy="import what they name, also at run time",
+        ) from error
+    variables = {name: _variable(name, p.annotation, rule) for name, p in parameters.items()}
     traced = function(**variables)
     outputs = traced if isinstance(traced, tuple) else (traced,)
     for output in outputs:
@@ -309,7 +313,7 @@ def name_of(term: Term) -> str:
 
 def arrange(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """Arguments in the order of a target's schema, defaults filled in; None if they do not fit."""
-    known = parameters(target)
+    known = schema_parameters(target)
     if known is None:
         return None if kwargs else tuple(args)
     if len(args) > len(known):
@@ -327,7 +331,7 @@ def arrange(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tupl
 
 
 @cache
-def parameters(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
+def schema_parameters(target: Any) -> tuple[tuple[str, bool, Any], ...] | None:
     """Name, whether it is required, and default of each parameter; None without a schema."""
     if not isinstance(target, torch._ops.OpOverload):
         return None
@@ -345,7 +349,8 @@ def _targets(target: Any) -> frozenset[Any]:
     if isinstance(target, torch._ops.OpOverload) or target is operator.getitem:
         return frozenset({target})
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return frozenset(getattr(target, name) for name in target.overloads())
+        names: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        return frozenset(getattr(target, name) for name in names)
     name = getattr(target, "__name__", str(target))
     raise RuleError(
         f"a pattern calls '{name}', which is no operator of the IR",

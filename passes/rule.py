@@ -17,11 +17,11 @@ A rule is a pattern, a check and a rewrite::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from typing import Any
+from itertools import islice, takewhile
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +32,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import WeightStore
-from qcompile.passes.infra import Context, Equivalent, Numerics, Pass, PassResult, Skip
+from qcompile.passes.infra import Context, Numerics, Pass, PassResult, Skip
 from qcompile.passes.matching import Match, Matcher, placement, region
 from qcompile.passes.pattern import (
     ANY,
@@ -93,6 +93,7 @@ class Rule(ABC):
         Its parameters are the variables. It returns an operator applied to them, or a tuple of
         such for a rule that replaces several values at once.
         """
+        del variables, named
         raise RuleError(f"rule '{self.name}' has no pattern", remedy="define pattern or patterns")
 
     def patterns(self) -> Sequence[Callable[..., Any]]:
@@ -234,17 +235,22 @@ class _Run:
         self.erased: set[fx.Node] = set()
 
     def to_fixpoint(self) -> None:
+        """Sweeps until no rule applies.
+
+        Raises:
+            RuleError: If the rules go on for too long.
+        """
         limit = 4 * len(self.program.graph.nodes) + 1000
-        for _ in range(MAX_SWEEPS):
-            last = self._sweep()
-            if last is None:
-                return
-            if sum(self.counts.values()) > limit:
-                break
+        sweeps = 0
+        while (last := self._sweep()) is not None:
+            sweeps += 1
+            if sweeps == MAX_SWEEPS or sum(self.counts.values()) > limit:
+                self._refuse_to_go_on(last)
+
+    def _refuse_to_go_on(self, rule: Rule) -> NoReturn:
         raise RuleError(
-            f"rule '{last.name}' still applies after {sum(self.counts.values())} rewrites",
-            remedy="its result, or that of another rule, fits its own pattern again: refuse that "
-            "in check",
+            f"rule '{rule.name}' still applies after {sum(self.counts.values())} rewrites",
+            remedy="its result, or another rule's, fits its pattern again: refuse that in check",
         )
 
     def _sweep(self) -> Rule | None:
@@ -284,18 +290,20 @@ class _Run:
         point, late = place
         for node in late:
             point.prepend(node)
-        before = match.subgraph() if self.on_rewrite else None
-        weights = self.program.weights.copy() if self.on_rewrite else None
+        was = (match.subgraph(), self.program.weights.copy()) if self.on_rewrite else None
+        previous = point.prev
         with self.edit.before(point):
             replacements = _call_rewrite(rule, match, self.edit)
         _check_replacements(rule, match, replacements)
-        if self.on_rewrite is not None and before is not None and weights is not None:
+        if self.on_rewrite is not None and was is not None:
+            before, weights = was
             after = region(match.inputs, replacements)
             self.on_rewrite(Rewrite(rule, match, weights, before, after))
+        added = list(takewhile(lambda node: node is not point, _from(previous.next)))
         for old, new in zip(match.outputs, replacements, strict=True):
             if new is not old:
                 old.replace_all_uses_with(new)
-        self._erase_dead([*match.nodes, *match.inputs])
+        self._erase_dead([*match.nodes, *match.inputs, *added])
         self.counts[rule.name] += 1
 
     def _erase_dead(self, nodes: Iterable[fx.Node]) -> None:
@@ -309,6 +317,12 @@ class _Run:
             self.program.graph.erase_node(node)
             self.erased.add(node)
             pending += operands
+
+
+def _from(node: fx.Node) -> Iterator[fx.Node]:
+    while True:
+        yield node
+        node = node.next
 
 
 def _call_rewrite(rule: Rule, match: Match, edit: Editor) -> tuple[fx.Node, ...]:
@@ -348,7 +362,9 @@ def _same_type(one: Any, other: Any) -> bool:
         return (
             one.dtype == other.dtype
             and one.dim() == other.dim()
-            and all(statically_known_true(a == b) for a, b in zip(one.shape, other.shape))
+            and all(
+                statically_known_true(a == b) for a, b in zip(one.shape, other.shape, strict=True)
+            )
         )
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_same_type, one, other))
