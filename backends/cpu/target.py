@@ -1,0 +1,108 @@
+"""The CPU target: an ONNX graph over the operators of `kernels/cpu`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+from qcompile.backends.base import Capabilities, Finding, Packed, Target
+from qcompile.backends.cpu.lower import lower_phase
+from qcompile.backends.cpu.translations import TRANSLATIONS
+from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
+from qcompile.backends.onnx.external_data import write_model
+from qcompile.formats.base import Format
+from qcompile.formats.integer import IntegerFormat
+from qcompile.ir.program import Program
+from qcompile.ir.types import Port, Role
+from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION, PACKABLE_BITS, SCALE_DTYPES
+from qcompile.manifest import Signature, ValueInfo
+from qcompile.passes.infra import Context, PassManager
+from qcompile.progress import Progress
+
+CAPACITY = "capacity"
+"""Name of the cache axis in the artifact: the runtime's buffers are longer than what they hold."""
+
+_CACHE_ROLES = (Role.PAST_KEY, Role.PAST_VALUE, Role.PRESENT_KEY, Role.PRESENT_VALUE)
+
+
+class CpuTarget(Target):
+    """Any x86-64 or aarch64 machine that ONNX Runtime runs on."""
+
+    name = "cpu"
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Integer weights of the widths that the kernels read; int8 activations."""
+        return Capabilities(
+            weight_format=_format_reason,
+            embedding_format=_format_reason,
+            activation_formats=frozenset({"int8"}),
+        )
+
+    def check(self, program: Program) -> list[Finding]:
+        """Calls that neither the library nor the standard operators can express."""
+        return [
+            Finding(failure.node, f"{failure.operator}: {failure.reason}")
+            for failure in OnnxEmitter(TRANSLATIONS).untranslatable(program)
+        ]
+
+    def lower(self, program: Program, context: Context) -> Program:
+        """One node per kernel."""
+        return PassManager([lower_phase()]).run(program, context)[0]
+
+    def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
+        """Writes ``model.onnx`` and its memory-mapped weights."""
+        graph = OnnxEmitter(TRANSLATIONS).emit(program, name=program.provenance.name)
+        _rename_capacity(graph, program)
+        progress.stage("write weights", len(graph.weights))
+        stored = write_model(graph, program.weights, directory, progress=progress)
+        return Packed(_signature(graph, program), KERNEL_LAYOUT_VERSION, stored)
+
+
+def _format_reason(format: Format) -> str | None:
+    if not isinstance(format, IntegerFormat):
+        return f"the cpu kernels have no {format}"
+    if format.bits not in PACKABLE_BITS:
+        widths = " and ".join(str(bits) for bits in PACKABLE_BITS)
+        return f"the cpu kernels read codes of {widths} bits"
+    if str(format.scale_dtype).removeprefix("torch.") not in SCALE_DTYPES:
+        return f"the cpu kernels read scales of {', '.join(SCALE_DTYPES)}"
+    if format.group_size % 16:
+        return "the cpu kernels read groups of a multiple of 16"
+    return None
+
+
+def _rename_capacity(graph: OnnxGraph, program: Program) -> None:
+    """The cache axis of inputs and outputs is the capacity, on both sides the same."""
+    for values, ports in (
+        (graph.model.graph.inputs, program.signature.inputs),
+        (graph.model.graph.outputs, program.signature.outputs),
+    ):
+        for value, port in zip(values, ports, strict=True):
+            if port.role in _CACHE_ROLES and value.shape is not None:
+                value.shape[2] = CAPACITY
+            if port.role is Role.LOGITS and value.shape is not None and _is_limited(program):
+                value.shape[1] = Role.NUM_LOGITS.value
+
+
+def _is_limited(program: Program) -> bool:
+    return any(port.role is Role.NUM_LOGITS for port in program.signature.inputs)
+
+
+def _signature(graph: OnnxGraph, program: Program) -> Signature:
+    return Signature(
+        inputs=tuple(map(_value_info, graph.model.graph.inputs, program.signature.inputs)),
+        outputs=tuple(map(_value_info, graph.model.graph.outputs, program.signature.outputs)),
+    )
+
+
+def _value_info(value: object, port: Port) -> ValueInfo:
+    dtype, shape = getattr(value, "dtype"), getattr(value, "shape")  # noqa: B009
+    assert dtype is not None and shape is not None
+    return ValueInfo(
+        name=port.name,
+        dtype=dtype.numpy().name,
+        shape=tuple(size if isinstance(size, int) else str(size) for size in shape),
+        role=port.role.value,
+        layer=port.layer,
+    )

@@ -1,0 +1,152 @@
+"""How the lowered operators are written in ONNX: one node of ``com.qcompile`` each."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile.backends.cpu import ops
+from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.translation import Table, Translation
+from qcompile.ir import dialect
+from qcompile.kernels.cpu import OPERATOR_DOMAIN
+
+FLOAT = ir.DataType.FLOAT
+INT64 = ir.DataType.INT64
+
+GATED_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
+"""What the library's `GatedActivation` knows; others are spelled in standard operators."""
+
+_TABLE = Table()
+
+
+@_TABLE.register(ops.linear)
+def _linear(
+    b: Builder,
+    x: ir.Value,
+    packed: ir.Value,
+    bias: ir.Value | None,
+    residual: ir.Value | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+    act: str,
+) -> ir.Value:
+    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype)
+    inputs = (x, packed, bias, residual)
+    return b.op("QLinear", *inputs, domain=OPERATOR_DOMAIN, dtype=FLOAT, act=act, **layout)
+
+
+@_TABLE.register(ops.embedding)
+def _embedding(
+    b: Builder,
+    ids: ir.Value,
+    packed: ir.Value,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+) -> ir.Value:
+    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype)
+    return b.op("QEmbedding", ids, packed, domain=OPERATOR_DOMAIN, dtype=FLOAT, **layout)
+
+
+@_TABLE.register(ops.fused_attention)
+def _attention(
+    b: Builder,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    past_key: ir.Value | None,
+    past_value: ir.Value | None,
+    key_mask: ir.Value | None,
+    bias: ir.Value | None,
+    cos: ir.Value | None,
+    sin: ir.Value | None,
+    sinks: ir.Value | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    interleaved: bool,
+) -> tuple[ir.Value, ...]:
+    mask = None if key_mask is None else b.cast(key_mask, INT64)
+    inputs = (query, key, value, past_key, past_value, mask, bias, cos, sin, sinks)
+    rotary = 0 if cos is None else 2 * int(_argument(b, 7).meta["val"].shape[-1])
+    made = b.ops(
+        "Attention",
+        *inputs,
+        outputs=1 if past_key is None else 3,
+        domain=OPERATOR_DOMAIN,
+        dtypes=(FLOAT,) * (1 if past_key is None else 3),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        scale=float(scale),
+        causal=int(causal),
+        window=window,
+        softcap=float(softcap),
+        rotary_dim=rotary,
+        interleaved=int(interleaved),
+    )
+    return made if past_key is not None else (made[0], key, value)
+
+
+@_TABLE.register(ops.keep_last)
+def _keep_last(b: Builder, x: ir.Value, count: ir.Value) -> ir.Value:
+    start = b.op("Neg", count)
+    end, axis = (b.constant([value], INT64) for value in (2**31 - 1, 1))
+    return b.op("Slice", x, start, end, axis)
+
+
+@_TABLE.register(dialect.rms_norm)
+def _rms_norm(b: Builder, x: ir.Value, weight: ir.Value | None, eps: float) -> ir.Value:
+    return b.op("RmsNorm", x, weight, domain=OPERATOR_DOMAIN, dtype=FLOAT, epsilon=eps)
+
+
+@_TABLE.register(dialect.gated_act)
+def _gated_act(b: Builder, gate: ir.Value, up: ir.Value, kind: str) -> ir.Value:
+    if kind in GATED_ACTIVATIONS:
+        return b.op("GatedActivation", gate, up, domain=OPERATOR_DOMAIN, dtype=FLOAT, kind=kind)
+    from qcompile.backends.onnx.dialect import DIALECT
+
+    standard: Any = DIALECT[dialect.gated_act]
+    made: ir.Value = standard(b, gate, up, kind)
+    return made
+
+
+@_TABLE.register(operator.getitem)
+def _getitem(b: Builder, values: tuple[Any, ...], index: int) -> Any:
+    del b
+    return values[index]
+
+
+TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
+"""Lowered operators, and those of the dialect that the library has a kernel for."""
+
+
+def _layout(
+    n: int, k: int, bits: int, group_size: int, has_zero_point: bool, scale_dtype: int
+) -> dict[str, int]:
+    return {
+        "N": n,
+        "K": k,
+        "bits": bits,
+        "group_size": group_size,
+        "has_zero_point": int(has_zero_point),
+        "scale_dtype": scale_dtype,
+    }
+
+
+def _argument(b: Builder, position: int) -> Any:
+    return b.node.args[position]
