@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,7 +41,10 @@ app = typer.Typer(
 )
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+DequantizeFlag = Annotated[
+    bool, typer.Option("--dequantize", help="Accept a quantized checkpoint: decode it first.")
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads to use; default: one per core.")
 ]
@@ -115,8 +117,11 @@ def compile_command(
         str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory to write the artifact to.")
-    ],
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Directory to write; default: MODEL-RECIPE-TARGET here."
+        ),
+    ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")
     ] = DEFAULT_RECIPE,
@@ -128,9 +133,7 @@ def compile_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
     ] = False,
-    dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Accept a quantized checkpoint: decode it first.")
-    ] = False,
+    dequantize: DequantizeFlag = False,
     threads: ThreadsOption = None,
     json_: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -154,6 +157,8 @@ def compile_command(
     if json_:
         console.print_json(_compile_document(artifact))
     else:
+        for note in [] if quiet else artifact.report.get("notes", []):
+            console.print_note(str(note))
         console.print_pairs(list(_compile_rows(artifact)), title=f"compiled to {artifact.path}")
 
 
@@ -190,7 +195,7 @@ def run(
     json_: JsonFlag = False,
 ) -> None:
     """Generate text with an artifact, printed as it comes."""
-    from qcompile import console
+    from qcompile import console, conversation
     from qcompile.artifact import load
 
     if prompt is None and not sys.stdin.isatty():
@@ -211,15 +216,15 @@ def run(
     }
     as_chat = loaded.tokenizer.has_chat_template if chat is None else chat
     if prompt is None:
-        _converse(loaded, options, as_chat=as_chat)
+        conversation.converse(loaded, options, as_chat=as_chat)
         return
     request: str | list[dict[str, str]] = prompt
     if as_chat:
         request = [{"role": "user", "content": prompt}]
     if json_:
-        console.print_json(_completion_document(loaded, request, options))
+        console.print_json(conversation.completion_document(loaded, request, options))
     else:
-        _print_stream(loaded.stream(request, **options))
+        conversation.print_stream(loaded.stream(request, **options))
 
 
 @app.command(
@@ -236,6 +241,7 @@ def eval_command(
     ] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
     max_tokens: Annotated[int, typer.Option(min=2, help="The most tokens to score.")] = 16384,
+    dequantize: DequantizeFlag = False,
     json_: JsonFlag = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -249,6 +255,7 @@ def eval_command(
             reference=reference,
             window=window,
             max_tokens=max_tokens,
+            dequantize=dequantize,
             progress=progress,
         )
     document = evaluation.to_dict()
@@ -317,6 +324,9 @@ def _compile_rows(artifact: Artifact) -> Iterator[tuple[str, str]]:
     seconds = report.get("seconds")
     for phase, duration in seconds.items() if isinstance(seconds, Mapping) else ():
         yield f"time: {_label(str(phase))}", seconds_text(float(duration))
+    memory = report.get("peak_memory_bytes")
+    if isinstance(memory, int):
+        yield "peak memory", size_text(memory)
     yield "artifact", str(artifact.path)
 
 
@@ -340,62 +350,6 @@ def _value(key: str, value: object) -> str:
     if key.endswith("seconds"):
         return console.seconds_text(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-
-
-def _completion_document(
-    artifact: Artifact, prompt: str | list[dict[str, str]], options: GenerationKwargs
-) -> dict[str, object]:
-    started = time.perf_counter()
-    completion = artifact.stream(prompt, **options).completion
-    return {
-        "prompt": prompt,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "prompt_tokens": completion.prompt_tokens,
-        "new_tokens": len(completion.token_ids),
-        "seconds": time.perf_counter() - started,
-    }
-
-
-def _print_stream(pieces: Iterable[str]) -> None:
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    print()
-
-
-def _converse(artifact: Artifact, options: GenerationKwargs, *, as_chat: bool) -> None:
-    """Answers what is typed, line by line, until the end of input; a chat remembers its turns."""
-    import contextlib
-
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() a history and editing
-
-    print("Type a message; Ctrl-D ends, Ctrl-C stops an answer.", file=sys.stderr)
-    messages: list[dict[str, str]] = []
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            print()
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        answer = artifact.stream(messages if as_chat else line, **options)
-        said: list[str] = []
-        try:
-            _print_stream(_kept(answer, said))
-        except KeyboardInterrupt:
-            print()
-        messages.append({"role": "assistant", "content": "".join(said)})
-
-
-def _kept(pieces: Iterable[str], kept: list[str]) -> Iterator[str]:
-    """Passes pieces on and keeps them, so that they outlive an interruption."""
-    for piece in pieces:
-        kept.append(piece)
-        yield piece
 
 
 def _fail(

@@ -130,6 +130,11 @@ def print_error(message: str, remedy: str | None = None) -> None:
         console.print(f"[bold]remedy:[/] {escape(remedy)}")
 
 
+def print_note(note: str) -> None:
+    """Prints what a user may want to know, on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold]note:[/] {escape(note)}")
+
+
 def error_document(kind: str, message: str, remedy: str | None, exit_code: int) -> object:
     """An error as commands with ``--json`` print it."""
     fields = {"type": kind, "message": message, "remedy": remedy, "exit_code": exit_code}

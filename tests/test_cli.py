@@ -71,7 +71,12 @@ class FakeArtifact:
             bits={"stored_bits_per_weight": 4.625},
             files={"model.onnx": FileInfo(sha256="0" * 64, bytes=1_500_000)},
         )
-        self.report: dict[str, Any] = {"source_bytes": 5_000_000, "seconds": {"quantize": 3.25}}
+        self.report: dict[str, Any] = {
+            "source_bytes": 5_000_000,
+            "seconds": {"quantize": 3.25},
+            "peak_memory_bytes": 2_000_000_000,
+            "notes": ["weights are tied"],
+        }
         self.tokenizer = FakeTokenizer(chat)
         self.asked: list[tuple[object, dict[str, Any]]] = []
         self._answers = list(answers)
@@ -242,9 +247,18 @@ def test_compile_prints_what_came_out(
         "size after": "1.5 MB",
         "bits per weight of the model, stored": "4.625",
         "time: quantize": "3.25 s",
+        "peak memory": "2.0 GB",
         "artifact": "out",
     }
-    assert captured.err == ""
+    assert captured.err == "note: weights are tied\n"
+
+
+def test_quiet_compile_keeps_its_notes(
+    compiled: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compile", "dir", "--quiet"]) == 0
+    assert compiled["output"] is None
+    assert capsys.readouterr().err == ""
 
 
 def test_compile_prints_one_json_document(
@@ -486,6 +500,7 @@ def test_eval_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("qcompile.compiler.evaluate", fake)
     options = ["--text", "t.txt", "--reference", "ref", "--window", "64", "--max-tokens", "128"]
+    options.append("--dequantize")
     assert main(["eval", "out", *options]) == 0
     called.pop("progress")
     assert called == {
@@ -494,6 +509,7 @@ def test_eval_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
         "reference": "ref",
         "window": 64,
         "max_tokens": 128,
+        "dequantize": True,
     }
 
 
