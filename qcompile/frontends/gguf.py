@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qcompile.errors import MissingExtraError, ModelError
 from qcompile.frontends.checkpoint import fingerprint_files
-from qcompile.frontends.gguf_config import LIBRARY_FAILURES, ROPE_FACTORS, build_config
+from qcompile.frontends.gguf_config import ROPE_FACTORS, build_config, library_failures
 from qcompile.frontends.gguf_header import GgufTensor, read_header
 from qcompile.frontends.gguf_layout import Layout, check_decodable, decode, layout_of
 from qcompile.ir.weights import TensorSpec
@@ -106,11 +106,14 @@ class GgufModel:
             tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
                 str(self.path.parent), gguf_file=self.path.name, local_files_only=True
             )
-        except LIBRARY_FAILURES as error:
-            raise ModelError(
-                f"transformers cannot build the tokenizer of '{self.path}': {error}",
-                remedy="use the Hugging Face directory of the model",
-            ) from error
+        except Exception as error:
+            # The tokenizers library raises the bare class for vocabularies that make no sense.
+            if type(error) is Exception or isinstance(error, library_failures()):
+                raise ModelError(
+                    f"transformers cannot build the tokenizer of '{self.path}': {error}",
+                    remedy="use the Hugging Face directory of the model",
+                ) from error
+            raise
         return tokenizer
 
     def source(self, expected: Mapping[str, TensorSpec]) -> GgufSource:
@@ -152,7 +155,7 @@ class GgufSource:
         self._specs = {
             name: TensorSpec(spec.shape, torch.float32) for name, spec in expected.items()
         }
-        self._parts = self._match(model.architecture)
+        self._parts = self._match(model.architecture, tied=model.config().tie_word_embeddings)
         check_decodable([part for parts in self._parts.values() for part in parts], self._header)
         # Copy-on-write: torch asks for writable memory, the file stays as it is in any case.
         self._data: npt.NDArray[np.uint8] = np.memmap(model.path, mode="c")
@@ -179,15 +182,13 @@ class GgufSource:
         path = self._header.path
         return fingerprint_files([(path.name, path, self._header.bytes)])
 
-    def _match(self, architecture: str) -> dict[str, tuple[GgufTensor, ...]]:
+    def _match(self, architecture: str, *, tied: bool) -> dict[str, tuple[GgufTensor, ...]]:
         """Hugging Face name to the tensors of the file that it is made of."""
         tensors = {tensor.name: tensor for tensor in self._header.tensors}
         names = self._layout.file_names(list(self._specs))
-        if _OUTPUT not in tensors:  # tied: llama.cpp takes the embedding for the output as well
-            names = {
-                name: tuple(_EMBEDDING if part == _OUTPUT else part for part in parts)
-                for name, parts in names.items()
-            }
+        if tied:  # llama.cpp takes the embedding for the output as well
+            untold = [name for name in self._specs if names.get(name, (_OUTPUT,)) == (_OUTPUT,)]
+            names.update(dict.fromkeys(untold[:1], (_EMBEDDING,)))
         missing = [name for name in self._specs if not set(names.get(name, ("",))) <= set(tensors)]
         if missing:
             raise ModelError(

@@ -27,19 +27,6 @@ FloatArray = npt.NDArray[np.float32]
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor by which llama.cpp divides the rotary frequencies (Llama 3.1 and later)."""
 
-LIBRARY_FAILURES = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    OSError,
-    RuntimeError,
-    ImportError,
-    struct.error,
-)
-"""What transformers and gguf raise on metadata that they do not expect."""
-
 _METADATA_ONLY = "metadata.gguf"
 _MAX_LAYERS = 100_000
 
@@ -81,6 +68,24 @@ def build_config(
     return config
 
 
+def library_failures() -> tuple[type[Exception], ...]:
+    """What transformers and gguf raise on metadata that they do not expect."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        OSError,
+        RuntimeError,
+        ImportError,
+        struct.error,
+        StrictDataclassError,
+    )
+
+
 def _read_by_transformers(header: GgufHeader, architecture: str) -> PreTrainedConfig:
     """What transformers makes of the metadata, given a copy of them without the vocabulary.
 
@@ -95,7 +100,7 @@ def _read_by_transformers(header: GgufHeader, architecture: str) -> PreTrainedCo
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 directory, gguf_file=_METADATA_ONLY, local_files_only=True
             )
-        except LIBRARY_FAILURES as error:
+        except library_failures() as error:
             raise ModelError(
                 f"transformers cannot configure the architecture '{architecture}' from the "
                 f"metadata of '{header.path}': {error}",
@@ -120,6 +125,10 @@ def _write_metadata(header: GgufHeader, architecture: str, path: Path) -> None:
             writer.add_float64(key, value)
         elif key != "tokenizer.chat_template":
             writer.add_string(key, value)
+    vocabulary = header.arrays.get("tokenizer.ggml.tokens")
+    size_key = f"{architecture}.vocab_size"
+    if vocabulary is not None and size_key not in header.metadata:
+        writer.add_uint64(size_key, vocabulary[1])
     for key, (_, count, _) in header.arrays.items():
         if count and not key.startswith("tokenizer."):
             values = header.value(key)

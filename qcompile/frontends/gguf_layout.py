@@ -163,7 +163,7 @@ def decode(
     Args:
         data: The whole file.
         tensor: Where it stands in it.
-        order: Row i of the file (all dimensions but the last make rows) becomes ``order[i]``.
+        order: Where row i goes: ``order[i]``; for a vector, element i.
     """
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
@@ -172,10 +172,13 @@ def decode(
     if tensor.type_id == _F32 and order is None:
         aligned = np.require(raw.view(np.float32), requirements="A")
         return np.asarray(aligned).reshape(tensor.shape)
-    kind = GGMLQuantizationType(tensor.type_id)
     values = np.empty(tensor.shape, np.float32)
     if values.size == 0:
         return values
+    if values.ndim == 1 and order is not None:
+        values[order] = decode(data, tensor)
+        return values
+    kind = GGMLQuantizationType(tensor.type_id)
     rows = values.reshape(-1, tensor.shape[-1] if tensor.shape else 1)
     stored = raw.reshape(rows.shape[0], -1)
     step = max(1, _CHUNK_ELEMENTS // rows.shape[1])

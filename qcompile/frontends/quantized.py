@@ -20,11 +20,11 @@ from qcompile.frontends.packed.weights import find_packed_weights
 from qcompile.ir.weights import TensorSource, TensorSpec
 
 _TITLES = {
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "FP8",
+    "gptq": "a GPTQ",
+    "awq": "an AWQ",
+    "bitsandbytes": "a bitsandbytes",
+    "compressed-tensors": "a compressed-tensors",
+    "fp8": "an FP8",
 }
 _READABLE_FORMATS = {
     "gptq": ("gptq", "gptq_v2"),
@@ -72,7 +72,7 @@ class QuantizedCheckpoint:
         return self.format in _READABLE_FORMATS.get(self.method, ())
 
     def __str__(self) -> str:
-        title = _TITLES.get(self.method, f"'{self.method}'")
+        title = _TITLES.get(self.method, f"a '{self.method}'")
         parts = [] if self.bits is None else [f"{self.bits}-bit weights"]
         if self.block is not None:
             parts.append(f"blocks of {self.block[0]} x {self.block[1]}")
@@ -82,7 +82,7 @@ class QuantizedCheckpoint:
             parts.append("symmetric" if self.symmetric else "with zero points")
         if self.activations is not None:
             parts.append(f"{self.activations} activations")
-        sentence = f"a {title} checkpoint (format {self.format})"
+        sentence = f"{title} checkpoint (format {self.format})"
         sentence += f": {', '.join(parts)}" if parts else ""
         return sentence + (f"; not quantized: {_listed(self.ignored)}" if self.ignored else "")
 
