@@ -14,6 +14,10 @@ Hook = Callable[[fx.Node, Any], Any]
 """Called with each node and its value; what it returns takes the value's place."""
 
 
+CACHE_BYTES = 8 << 30
+"""How much of a program's weights is kept between runs: a model of 2 B parameters in float32."""
+
+
 class Interpreter(fx.Interpreter):
     """Interprets a program, loading each weight when it is reached and freeing it after.
 
@@ -23,8 +27,8 @@ class Interpreter(fx.Interpreter):
             materialized in it, and casts to float32 in the graph follow it.
         device: Where to compute.
         hook: Sees, and may replace, the value of every node.
-        cache: Weights already materialized, shared between runs; filled as weights are reached.
-            Without it each run reads them anew and holds one at a time.
+        cache: Weights already materialized, shared between runs; filled as weights are reached,
+            up to `CACHE_BYTES`. What does not fit is read anew in each run, one at a time.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Interpreter(fx.Interpreter):
         self.device = torch.device(device)
         self._hook = hook
         self._cache = cache
+        self._cached_bytes = sum(value.nbytes for value in (cache or {}).values())
 
     @torch.no_grad()
     def run(self, *inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -67,8 +72,9 @@ class Interpreter(fx.Interpreter):
         # Narrow floats (scales) keep their dtype: it is part of what a format means.
         wide = torch.float64 if self.dtype == torch.float64 else None
         value = self.program.weights.materialize(name, wide).to(self.device)
-        if self._cache is not None:
+        if self._cache is not None and self._cached_bytes + value.nbytes <= CACHE_BYTES:
             self._cache[name] = value
+            self._cached_bytes += value.nbytes
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:

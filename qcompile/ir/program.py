@@ -40,6 +40,7 @@ class Program:
     facts: frozenset[Fact] = frozenset()
     provenance: Provenance = field(default_factory=Provenance)
     notes: tuple[str, ...] = ()
+    _materialized: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def copy(self) -> Program:
         """An independent program over the same numbers."""
@@ -101,8 +102,12 @@ class Program:
         return fx.GraphModule(attributes, self.copy().graph)
 
     def tidy(self) -> int:
-        """Removes dead nodes and weights that no node names; returns how many nodes went."""
+        """Removes dead nodes and weights that no node names; returns how many nodes went.
+
+        To be called after every edit: it also forgets weights kept from earlier calls.
+        """
         before = len(self.graph.nodes)
+        self._materialized.clear()
         self.graph.eliminate_dead_code()
         self.weights.keep_only({str(node.target) for node in self.parameters()})
         return before - len(self.graph.nodes)
@@ -124,11 +129,12 @@ class Program:
 
         Language models take ``input_ids [B, S]`` and optionally ``attention_mask [B, P + S]``,
         ``position_ids [B, S]`` and ``past_key_values`` (flat, as returned), and return a
-        `ProgramOutput`. Other models take and return what the original did.
+        `ProgramOutput`. Other models take and return what the original did. Weights stay in
+        memory for the next call.
         """
         from qcompile.ir.interpreter import Interpreter
 
-        outputs = Interpreter(self).run(*self.bind(*args, **kwargs))
+        outputs = Interpreter(self, cache=self._materialized).run(*self.bind(*args, **kwargs))
         return self.unbind(outputs)
 
     def bind(self, *args: Any, **kwargs: Any) -> list[Tensor]:
