@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch
-
-_BLOCK_ELEMENTS = 1 << 18  # decoded at a time
+from qcompile.formats.row_blocks import map_row_blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,12 +54,12 @@ def relative_error(weight: Tensor, quantized: QuantizedWeight) -> float:
         weight: The original, of shape `quantized.shape`.
         quantized: What stands for it; decoded a block of rows at a time.
     """
-    difference = total = 0.0
-    step = max(1, _BLOCK_ELEMENTS * weight.shape[0] // max(1, weight.numel()))
-    for start in range(0, weight.shape[0], step):
-        stop = min(start + step, weight.shape[0])
+
+    def squares(start: int, stop: int) -> tuple[float, float]:
         exact = weight[start:stop].to(torch.float64)
         decoded = quantized.format.decode(quantized.format.rows(quantized, start, stop))
-        difference += float((decoded - exact).square().sum())
-        total += float(exact.square().sum())
-    return math.sqrt(difference / total) if total else 0.0
+        return float((decoded - exact).square().sum()), float(exact.square().sum())
+
+    blocks = map_row_blocks(squares, weight.shape[0], math.prod(weight.shape[1:]))
+    total = math.fsum(norm for _, norm in blocks)
+    return math.sqrt(math.fsum(error for error, _ in blocks) / total) if total else 0.0

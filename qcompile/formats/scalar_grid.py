@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcompile.errors import ModelError
 from qcompile.formats.base import ScaleSearch
+from qcompile.formats.row_blocks import map_row_blocks
 from qcompile.kernels.quantize.groups import group_count, split_groups
 
 SHRINK_FACTORS: dict[ScaleSearch, tuple[float, ...]] = {
@@ -22,8 +23,6 @@ SHRINK_FACTORS: dict[ScaleSearch, tuple[float, ...]] = {
     "mse": tuple(1 - step / 32 for step in range(17)),
 }
 """Fractions of a group's range that a search tries."""
-
-_CHUNK_ELEMENTS = 1 << 18  # about 1 MB of float32: the working set stays in the second-level cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ class ScalarGrid:
     scale_dtype: torch.dtype
 
     def round(self, weight: Tensor, search: ScaleSearch, name: str) -> RoundedTensors:
-        """Rounds a weight to nearest, a few rows at a time.
+        """Rounds a weight to nearest, a block of rows at a time.
 
         Asymmetric: the range of a group, widened to include 0, is spread over all codes.
         Symmetric: the better, group by group and by squared error, of two scales: max|w| over the
@@ -74,15 +73,18 @@ class ScalarGrid:
         codes = torch.empty(rows.shape, dtype=torch.uint8)
         scale = torch.empty((rows.shape[0], groups), dtype=self.scale_dtype)
         zero_point = torch.empty((rows.shape[0], groups), dtype=torch.uint8)
-        for start, stop in _chunks(*rows.shape):
-            chunk = rows[start:stop].to(torch.float32)
-            _require_finite(chunk, name)
-            grouped = split_groups(chunk, self.group_size)
+
+        def round_block(start: int, stop: int) -> None:
+            block = rows[start:stop].to(torch.float32)
+            _require_finite(block, name)
+            grouped = split_groups(block, self.group_size)
             best_scale, best_zero = self.fit(grouped, search, name)
             chosen = self.nearest(grouped, best_scale, best_zero)
             codes[start:stop] = chosen.flatten(-2)[:, : rows.shape[1]]
             scale[start:stop] = best_scale.squeeze(-1)
             zero_point[start:stop] = best_zero.squeeze(-1)
+
+        map_row_blocks(round_block, *rows.shape)
         leading = weight.shape[:-1]
         return RoundedTensors(
             codes.reshape(weight.shape),
@@ -182,17 +184,10 @@ class ScalarGrid:
         return decoded.sub_(grouped).square_().sum(dim=-1, keepdim=True)
 
 
-def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `_CHUNK_ELEMENTS` elements."""
-    step = max(1, _CHUNK_ELEMENTS // max(1, columns))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def _require_finite(chunk: Tensor, name: str) -> None:
-    if bool(chunk.isfinite().all()):
+def _require_finite(block: Tensor, name: str) -> None:
+    if bool(block.isfinite().all()):
         return
-    kind = "NaN" if bool(chunk.isnan().any()) else "infinity"
+    kind = "NaN" if bool(block.isnan().any()) else "infinity"
     raise ModelError(
         f"weight '{name}' contains {kind}",
         remedy="the checkpoint is damaged, or was saved from a diverged run: get a sound copy",

@@ -12,8 +12,8 @@ from qcompile.formats import (
     QuantizedWeight,
     parse_format,
     relative_error,
+    row_blocks,
     rtn,
-    scalar_grid,
 )
 
 formats = st.builds(
@@ -204,13 +204,23 @@ def test_weight_that_is_not_finite_names_the_layer(bad, kind):
         parse_format("int4-g16").encode(weight, name="layers.7.up")
 
 
-def test_rounding_in_chunks_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_of_rows_and_threads_change_nothing(monkeypatch, threads):
     weight = normal(37, 50)
     format = parse_format("int3-g16-asym")
-    whole = format.encode(weight, scale_search="mse").tensors
-    monkeypatch.setattr(scalar_grid, "_CHUNK_ELEMENTS", 120)
-    parts = format.encode(weight, scale_search="mse").tensors
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    whole = rtn(weight, format, scale_search="mse")
+    monkeypatch.setattr(row_blocks, "BLOCK_ELEMENTS", 120)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        parts = rtn(weight, format, scale_search="mse")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in whole.weight.tensors.items():
+        assert torch.equal(tensor, parts.weight.tensors[name])
+    # Float64 sums in other orders.
+    assert parts.relative_error == pytest.approx(whole.relative_error, rel=1e-12)
 
 
 def test_encode_keeps_leading_dimensions():
