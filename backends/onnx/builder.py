@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, fx
 
@@ -133,25 +133,19 @@ class Builder:
                 second) nor fixed by the operator.
             **attributes: Its attributes; None leaves one out.
         """
-        dtypes = None if dtype is None else (dtype,)
-        return self.ops(op_type, *inputs, domain=domain, dtypes=dtypes, **attributes)[0]
+        return self._append(op_type, inputs, domain, [dtype], attributes)[0]
 
     def ops(
         self,
         op_type: str,
         *inputs: Input,
-        outputs: int = 1,
+        outputs: int,
         domain: str = "",
-        dtypes: Sequence[ir.DataType] | None = None,
+        dtypes: Sequence[ir.DataType | None] | None = None,
         **attributes: Attribute | None,
     ) -> tuple[ir.Value, ...]:
         """Appends an operator with several outputs; as `op`, but for `outputs` and `dtypes`."""
-        values = tuple(self._inputs(op_type, inputs))
-        types = dtypes or [_output_dtype(op_type, values)] * outputs
-        made = tuple(self._new_value(dtype) for dtype in types)
-        attrs = tuple(_attribute(k, v) for k, v in attributes.items() if v is not None)
-        self.calls.append(Call(op_type, domain, values, made, attrs))
-        return made
+        return self._append(op_type, inputs, domain, dtypes or [None] * outputs, attributes)
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A value in another type."""
@@ -277,7 +271,8 @@ class Builder:
 
     def weight(self, name: str) -> ir.Value:
         """A weight of the program, as the store has it."""
-        return self._weight_value(name, self._weight(name))
+        weight = self._weight(name)
+        return self._weight_value(weight.weight, weight)
 
     def weight_name(self, x: ir.Value) -> str | None:
         """The name in the store of a value that is a weight as the store has it."""
@@ -304,8 +299,8 @@ class Builder:
             spec: Shape and dtype that `arrange` gives.
             arrange: From the stored tensor to that of the model.
         """
-        weight = WeightTensor(self._weight(name).weight, spec, arrange)
-        return self._weight_value(f"{name}.{label}", weight)
+        stored = self._weight(name).weight
+        return self._weight_value(f"{stored}.{label}", WeightTensor(stored, spec, arrange))
 
     # For the emitter.
 
@@ -320,10 +315,9 @@ class Builder:
         """Remembers the shape of a value, and which of its axes has the size of a symbol."""
         self._fakes.setdefault(value, fake)
         for dim, size in enumerate(fake.shape):
-            if isinstance(size, torch.SymInt):
-                expr = size.node.expr
-                if isinstance(expr, sympy.Symbol):
-                    self._symbols.setdefault(expr, (value, dim))
+            expr = None if type(size) is int else expression(size)
+            if isinstance(expr, sympy.Symbol):
+                self._symbols.setdefault(expr, (value, dim))
 
     def know_size(self, size: torch.SymInt, value: SymbolicScalar) -> None:
         """Remembers the value of a size that the program itself computes."""
@@ -342,6 +336,20 @@ class Builder:
         if symbol not in self._symbols:
             raise UnsupportedError(f"no input has an axis of size {symbol}")
         return self.axis_size(*self._symbols[symbol])
+
+    def _append(
+        self,
+        op_type: str,
+        inputs: Sequence[Input],
+        domain: str,
+        dtypes: Sequence[ir.DataType | None],
+        attributes: Mapping[str, Attribute | None],
+    ) -> tuple[ir.Value, ...]:
+        values = tuple(self._inputs(op_type, inputs))
+        made = tuple(self._new_value(dtype or _output_dtype(op_type, values)) for dtype in dtypes)
+        attrs = tuple(_attribute(k, v) for k, v in attributes.items() if v is not None)
+        self.calls.append(Call(op_type, domain, values, made, attrs))
+        return made
 
     def _inputs(self, op_type: str, inputs: Sequence[Input]) -> Iterable[ir.Value | None]:
         like = next((x.dtype for x in inputs if isinstance(x, ir.Value)), None)

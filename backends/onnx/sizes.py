@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.utils._sympy import functions as torch_sympy
 
@@ -190,11 +190,15 @@ def evaluate(b: Builder, expr: sympy.Expr, symbol: Callable[[sympy.Symbol], Size
         return symbol(expr)
     for kinds, function in _FUNCTIONS:
         if isinstance(expr, kinds):
-            return fold(function, *expr.args)  # type: ignore[return-value]
+            return _as_size(fold(function, *expr.args))
     raise UnsupportedError(f"the size {expr} cannot be computed from the inputs' sizes")
 
 
-_FUNCTIONS: tuple[tuple[tuple[type, ...], Callable[..., Number]], ...] = (
+def _as_size(x: Number) -> Size:
+    return x if isinstance(x, SymbolicScalar) else int(x)
+
+
+_FUNCTIONS: tuple[tuple[tuple[Any, ...], Callable[..., Number]], ...] = (
     ((sympy.Add,), add),
     ((sympy.Mul,), multiply),
     ((sympy.Pow, torch_sympy.PowByNatural), power),
