@@ -37,6 +37,8 @@ COMMUTATIVE = frozenset(
 )
 """Operators whose first two operands may stand in either order (`add` if its alpha is 1)."""
 
+NEEDS = "needs {wanted}, found {node}"
+
 Bound = Mapping[Term | str, Any]
 """What is bound so far: calls and choices by themselves, variables by name."""
 
@@ -62,9 +64,15 @@ class Match:
     def __getitem__(self, name: str) -> Any:
         return self.bindings[name]
 
+    def node(self, name: str) -> fx.Node:
+        """The node that a name binds, for names that bind nodes."""
+        node = self.bindings[name]
+        assert isinstance(node, fx.Node), f"'{name}' binds {node!r}"
+        return node
+
     def value(self, name: str) -> Tensor:
         """The fake tensor of a bound node: its shape and dtype without numbers."""
-        value = self.bindings[name].meta["val"]
+        value = self.node(name).meta["val"]
         assert isinstance(value, Tensor)
         return value
 
@@ -113,13 +121,16 @@ class Miss:
         node: The node, or argument, that does not fit.
         where: The part of the pattern, as a chain from the innermost outwards; None for a failure
             of the match as a whole.
-        why: What was needed, without names of nodes, so that equal reasons can be counted.
+        why: A sentence about ``{node}`` and ``{wanted}``. It is put together only when it is asked
+            for, since most misses are never told.
+        wanted: The term, plain value or node that `why` speaks of.
     """
 
     progress: int
     node: Any
     where: _Where | None
     why: str
+    wanted: Any
 
     @property
     def reason(self) -> str:
@@ -129,8 +140,9 @@ class Miss:
 
     @property
     def kind(self) -> str:
-        """The reason without the node's name."""
-        return self.why if self.where is None else f"{_describe_place(self.where)}: {self.why}"
+        """The reason without the node's name, so that equal ones can be counted."""
+        why = self.why.format(node=_describe(self.node), wanted=_describe(self.wanted))
+        return why if self.where is None else f"{_describe_place(self.where)}: {why}"
 
 
 _Where = tuple[Any, ...]
@@ -165,7 +177,7 @@ class Matcher:
         taken = [bound[key_of(earlier)] for earlier in self.pattern.outputs[:position]]
         candidates = [node for node in _candidates(term, bound) if node not in taken]
         if not candidates:
-            self._fail(bound, taken[0], None, f"no {_label(term)} beside it for output {position}")
+            self._fail(bound, taken[0], None, "no further {wanted} beside {node}", term)
         for node in candidates:
             for extended in self._value(term, node, bound, ()):
                 yield from self._further_outputs(position + 1, extended)
@@ -177,18 +189,18 @@ class Matcher:
             if self._is_literal(term, value):
                 yield bound
             else:
-                self._fail(bound, value, where, f"needs {term!r}, found {_found(value)}")
+                self._fail(bound, value, where, NEEDS, term)
         elif key_of(term) in bound:
             known = bound[key_of(term)]
             if known is value or (not isinstance(value, fx.Node) and known == value):
                 yield bound
             else:
-                self._fail(bound, value, where, "is not the same value as elsewhere in the pattern")
+                self._fail(bound, value, where, "{node} is not what {wanted} is elsewhere", term)
         elif isinstance(term, Variable):
             if _may_bind(term, value):
                 yield {**bound, key_of(term): value}
             else:
-                self._fail(bound, value, where, f"needs {term.kind.value}, found {_found(value)}")
+                self._fail(bound, value, where, NEEDS, term)
         elif isinstance(term, Call):
             yield from self._call(term, value, bound, where)
         else:
@@ -202,14 +214,12 @@ class Matcher:
 
     def _call(self, term: Call, value: Any, bound: Bound, where: _Where) -> Iterator[Bound]:
         if not isinstance(value, fx.Node) or value.target not in term.targets:
-            self._fail(bound, value, where, f"needs {term.label}, found {_found(value)}")
+            self._fail(bound, value, where, NEEDS, term)
             return
         wanted = term.operands(value.target)
         found = arrange(value.target, value.args, value.kwargs)
         if wanted is None or found is None or len(wanted) != len(found):
-            self._fail(
-                bound, value, where, f"{value.target} takes other arguments than the pattern"
-            )
+            self._fail(bound, value, where, "{node} takes other arguments than {wanted}", term)
             return
         places = [(where, term, value.target, index) for index in range(len(wanted))]
         for operands in _orders(value.target, found):
@@ -220,8 +230,7 @@ class Matcher:
         self, terms: Sequence[Any], value: Any, bound: Bound, where: _Where
     ) -> Iterator[Bound]:
         if not isinstance(value, (list, tuple)) or len(value) != len(terms):
-            wanted = f"a list of {len(terms)}"
-            self._fail(bound, value, where, f"needs {wanted}, found {_found(value)}")
+            self._fail(bound, value, where, NEEDS, terms)
             return
         yield from self._all([(t, v, where) for t, v in zip(terms, value, strict=True)], bound)
 
@@ -247,31 +256,36 @@ class Matcher:
         nodes = {value: None for term, value in bound.items() if isinstance(term, Call)}
         shared = {bound[term] for term in bound if isinstance(term, Marked) and term.shared}
         for node in nodes:
-            outside = None
-            if node not in outputs and node not in shared:
-                outside = next((user for user in node.users if user not in nodes), None)
-            if outside is not None:
-                why = f"{_found(node)} inside the match is also used outside, by {_found(outside)}"
-                self._fail(bound, outside, None, why)
+            outside = [user for user in node.users if user not in nodes]
+            if outside and node not in shared and node not in outputs:
+                why = "{wanted} inside the match is also used outside it, by {node}"
+                self._fail(bound, outside[0], None, why, node)
                 return None
         for key, value in bound.items():
             if isinstance(key, str) and isinstance(value, fx.Node) and value in nodes:
-                self._fail(bound, value, None, f"'{key}' binds a value inside the match")
+                self._fail(bound, value, None, "{wanted} binds {node}, inside the match", key)
                 return None
         inside = tuple(sorted(nodes))
         inputs = dict.fromkeys(i for node in inside for i in node.all_input_nodes if i not in nodes)
-        bindings = dict.fromkeys(self.pattern.names)
-        bindings |= {name_of(k): v for k, v in _named(bound) if name_of(k)}
-        bindings |= {key: value for key, value in bound.items() if isinstance(key, str)}
-        match = Match(self.program, bindings, outputs, inside, tuple(inputs))
+        match = Match(self.program, self._bindings(bound), outputs, inside, tuple(inputs))
         if placement(match) is None:
-            self._fail(bound, outputs[-1], None, "one output is needed to compute an input")
+            why = "{wanted} must be computed before another input of the match can be"
+            self._fail(bound, outputs[0], None, why, outputs[0])
             return None
         return match
 
-    def _fail(self, bound: Bound, node: Any, where: _Where | None, why: str) -> None:
+    def _bindings(self, bound: Bound) -> dict[str, Any]:
+        """What every name of the pattern binds."""
+        bindings = dict.fromkeys(self.pattern.names)
+        for term, value in bound.items():
+            name = term if isinstance(term, str) else name_of(term)
+            if name:
+                bindings[name] = value
+        return bindings
+
+    def _fail(self, bound: Bound, node: Any, where: _Where | None, why: str, wanted: Any) -> None:
         if self.miss is None or len(bound) > self.miss.progress:
-            self.miss = Miss(len(bound), node, where, why)
+            self.miss = Miss(len(bound), node, where, why, wanted)
 
 
 def placement(match: Match) -> tuple[fx.Node, list[fx.Node]] | None:
@@ -339,10 +353,6 @@ def _has_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def _named(bound: Bound) -> Iterator[tuple[Term, Any]]:
-    return ((key, value) for key, value in bound.items() if isinstance(key, Marked))
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -356,27 +366,28 @@ def _is_scalar_weight(program: Program, node: fx.Node, expected: float) -> bool:
     return bool(tensor.item() == torch.tensor(expected, dtype=tensor.dtype).item())
 
 
-def _label(term: Any) -> str:
-    match term:
+def _describe(value: Any) -> str:
+    """A part of a pattern, or of a program, as a person reads it, without a node's name."""
+    match value:
         case Call():
-            return term.label
+            return value.label
         case Choice():
-            return " or ".join(_label(option) for option in term.options)
+            return " or ".join(map(_describe, value.options))
         case Marked():
-            return _label(term.term)
+            return _describe(value.term)
         case Variable():
-            return term.kind.value
-    return repr(term)
-
-
-def _found(value: Any) -> str:
-    if not isinstance(value, fx.Node):
-        return repr(value)
-    if value.op == "call_function":
-        return format_target(value.target)
-    return {"get_attr": "a weight", "placeholder": "an input of the program"}.get(
-        value.op, "a result of the program"
-    )
+            return value.kind.value
+        case fx.Node(op="get_attr"):
+            return "a weight"
+        case fx.Node(op="placeholder"):
+            return "an input of the program"
+        case fx.Node(op="output"):
+            return "a result of the program"
+        case fx.Node():
+            return format_target(value.target)
+        case list() | tuple():
+            return f"[{', '.join(map(_describe, value))}]"
+    return repr(value)
 
 
 def _describe_place(where: _Where) -> str:

@@ -2,7 +2,7 @@
 
 A pattern is written the way a model is::
 
-    def pattern(self, x: Tensor, gain: Weight, weight: Weight, eps: Const) -> Tensor:
+    def pattern(self, x: Tensor, gain: Weight, weight: Weight, eps: Const) -> Any:
         return torch.ops.aten.linear(torch.ops.qc.rms_norm(x, gain, eps), weight)
 
 Its parameters are variables, and their annotations say what they bind:

@@ -5,7 +5,7 @@ A rule is a pattern, a check and a rewrite::
     class RaiseGatedAct(Rule):
         \"\"\"mul(silu(gate), up)   =>   qc.gated_act(gate, up, "silu")\"\"\"
 
-        def pattern(self, gate: Tensor, up: Tensor) -> Tensor:
+        def pattern(self, gate: Tensor, up: Tensor) -> Any:
             return torch.ops.aten.silu(gate) * up
 
         def rewrite(self, match: Match, edit: Editor) -> fx.Node:
@@ -16,6 +16,7 @@ A rule is a pattern, a check and a rewrite::
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from qcompile.ir.text import format_target
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import WeightStore
 from qcompile.passes.infra import Context, Numerics, Pass, PassResult, Skip
-from qcompile.passes.matching import Match, Matcher, placement, region
+from qcompile.passes.matching import Match, Matcher, Miss, placement, region
 from qcompile.passes.pattern import (
     ANY,
     Const,
@@ -195,23 +196,32 @@ class ApplyRules(Pass):
         del context
         run = _Run(self.rules, program, self._on_rewrite)
         run.to_fixpoint()
-        counts = [{"rule": rule.name, "rewrites": run.counts[rule.name]} for rule in self.rules]
+        counts = [{"rule": rule.name, "rewrites": run.counts[rule]} for rule in self.rules]
         return PassResult(sum(run.counts.values()), _skips(run.refusals), counts)
 
 
 @dataclass(frozen=True)
 class _Refusal:
-    """A rule that did not apply at a node.
+    """A rule that did not apply at a node: the pattern missed, or `check` gave a reason."""
 
-    Attributes:
-        node: The name of the node.
-        reason: Why, the rule's name in front.
-        kind: Refusals of one kind are told once, with their number.
-    """
+    rule: Rule
+    node: fx.Node
+    why: Miss | str
 
-    node: str
-    reason: str
-    kind: str
+    @property
+    def reason(self) -> str:
+        why = self.why if isinstance(self.why, str) else self.why.reason
+        return f"{self.rule.name}: {why}"
+
+    @property
+    def progress(self) -> float:
+        """How much of the pattern fitted."""
+        return math.inf if isinstance(self.why, str) else self.why.progress
+
+    @property
+    def kind(self) -> object:
+        """Equal for refusals that are told once, with their number; those of `check` are not."""
+        return (self.rule, self.node if isinstance(self.why, str) else self.why.kind)
 
 
 @dataclass
@@ -221,11 +231,11 @@ class _Run:
     rules: tuple[Rule, ...]
     program: Program
     on_rewrite: Callable[[Rewrite], None] | None
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[Rule, int] = field(default_factory=dict)
     refusals: list[_Refusal] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.counts = {rule.name: 0 for rule in self.rules}
+        self.counts = dict.fromkeys(self.rules, 0)
         self.index: dict[Any, list[tuple[Rule, Pattern]]] = {}
         for rule in self.rules:
             for pattern in rule.traced:
@@ -240,7 +250,7 @@ class _Run:
         Raises:
             RuleError: If the rules go on for too long.
         """
-        limit = 4 * len(self.program.graph.nodes) + 1000
+        limit = 4 * len(self.program.graph.nodes) + 100
         sweeps = 0
         while (last := self._sweep()) is not None:
             sweeps += 1
@@ -276,12 +286,9 @@ class _Run:
                 return True
             refused = refused or reason
         if refused is not None:
-            text = f"{rule.name}: {refused}"
-            self.refusals.append(_Refusal(anchor.name, text, f"{anchor.name} {text}"))
+            self.refusals.append(_Refusal(rule, anchor, refused))
         elif matcher.miss is not None:
-            miss = matcher.miss
-            text = f"{rule.name}: {miss.reason}"
-            self.refusals.append(_Refusal(anchor.name, text, f"{rule.name}: {miss.kind}"))
+            self.refusals.append(_Refusal(rule, anchor, matcher.miss))
         return False
 
     def _rewrite(self, rule: Rule, match: Match) -> None:
@@ -304,7 +311,7 @@ class _Run:
             if new is not old:
                 old.replace_all_uses_with(new)
         self._erase_dead([*match.nodes, *match.inputs, *added])
-        self.counts[rule.name] += 1
+        self.counts[rule] += 1
 
     def _erase_dead(self, nodes: Iterable[fx.Node]) -> None:
         """Erases nodes that nobody uses, and what only they used: it would hide later matches."""
@@ -378,18 +385,18 @@ def _describe(value: Any) -> str:
 
 
 def _skips(refusals: list[_Refusal]) -> list[Skip]:
-    """One skip per kind of refusal, at the first place, with the number of others like it."""
-    kinds: dict[str, list[_Refusal]] = {}
-    for refusal in refusals:
+    """One skip per kind of refusal, at the first place, with the number of others like it.
+
+    What came closest to a match comes first.
+    """
+    kinds: dict[object, list[_Refusal]] = {}
+    for refusal in sorted(refusals, key=lambda refusal: -refusal.progress):
         kinds.setdefault(refusal.kind, []).append(refusal)
-    skips = [
-        Skip(alike[0].node, alike[0].reason + _and_more(len(alike) - 1)) for alike in kinds.values()
-    ]
+    skips = []
+    for first, *others in kinds.values():
+        more = f" (and at {len(others)} more places)" if others else ""
+        skips.append(Skip(first.node.name, first.reason + more))
     if len(skips) > MAX_SKIPS:
         left_out = len(skips) - MAX_SKIPS
         skips = [*skips[:MAX_SKIPS], Skip("", f"{left_out} more reasons are left out")]
     return skips
-
-
-def _and_more(count: int) -> str:
-    return f" (and at {count} more places)" if count else ""
