@@ -35,7 +35,7 @@ Role = Literal[
     "attention_mask",
     "position_ids",
     "token_type_ids",
-    "num_logits",
+    "logit_positions",
     "past_key",
     "past_value",
     "logits",

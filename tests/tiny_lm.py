@@ -155,7 +155,7 @@ def write_onnx(path: Path, model: TinyModel, cache: bool, mask: bool) -> Signatu
     batch = ["batch", "query"]
     graph.input("input_ids", "int64", batch, "input_ids")
     graph.input("position_ids", "int64", batch, "position_ids")
-    graph.input("num_logits", "int64", [1], "num_logits")
+    graph.input("logit_positions", "int64", ["n"], "logit_positions")
     if mask:
         graph.input("attention_mask", "int64", ["batch", "total"], "attention_mask")
     embedded = add("Gather", "tokens", "input_ids"), add("Gather", "positions", "position_ids")
@@ -177,9 +177,7 @@ def write_onnx(path: Path, model: TinyModel, cache: bool, mask: bool) -> Signatu
         allowed = add("And", allowed, add("Unsqueeze", attend, graph.const([1])))
     scores = add("Where", allowed, scores, graph.const(-1e30, np.float32))
     attended = add("MatMul", add("Softmax", scores, axis=-1), value)
-    first = add("Neg", "num_logits")
-    end = graph.const([np.iinfo(np.int64).max])
-    last = add("Slice", add("Add", x, attended), first, end, graph.const([1]))
+    last = add("Gather", add("Add", x, attended), "logit_positions", axis=1)
     graph.output(add("MatMul", last, "head", name="logits"), ["batch", "n", VOCABULARY], "logits")
     return graph.save(path)
 

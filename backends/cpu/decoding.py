@@ -123,8 +123,8 @@ class CachedDecoder:
         if "token_type_ids" in self._inputs:
             types = tokens.types
             self._feed("token_type_ids", np.zeros_like(tokens.ids) if types is None else types)
-        self._feed("num_logits", np.array([count]))
-        logits = self._logits_buffer(count if "num_logits" in self._inputs else query)
+        self._feed("logit_positions", np.arange(query - count, query))
+        logits = self._logits_buffer(count if "logit_positions" in self._inputs else query)
         self._runtime.run_with_iobinding(self._binding)
         self._length = total
         return logits
@@ -220,7 +220,7 @@ def run_without_cache(
         "attention_mask": mask,
         "position_ids": positions if tokens.positions is None else tokens.positions,
         "token_type_ids": np.zeros_like(tokens.ids) if tokens.types is None else tokens.types,
-        "num_logits": np.array([count]),
+        "logit_positions": np.arange(tokens.ids.shape[1] - count, tokens.ids.shape[1]),
     }
     feeds = {
         value.name: np.ascontiguousarray(values[value.role], dtype=value.dtype)

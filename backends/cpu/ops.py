@@ -134,11 +134,6 @@ def cpu_attention(
     return out.transpose(1, 2).flatten(2).clone(), k.clone(), v.clone()
 
 
-def last_positions(x: Tensor, count: Tensor) -> Tensor:
-    """The last `count` positions of ``[B, S, D]``; `count` is ``[1]`` int64."""
-    return x[:, x.shape[1] - int(count) :].clone()
-
-
 def _linear_shape(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
     n = rest[2]
     assert isinstance(n, int)
@@ -166,11 +161,6 @@ def _attention_shape(
     if past_key is None or past_value is None:
         return out, new_key, new_value
     return out, torch.cat((past_key, new_key), dim=2), torch.cat((past_value, new_value), dim=2)
-
-
-def _same_shape(x: Tensor, count: Tensor) -> Tensor:
-    """The most that it can be: a size that depends on data has no symbol of its own."""
-    return torch.empty_like(x)
 
 
 def _unpack(
@@ -207,4 +197,3 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 linear = dialect.define(cpu_linear, shape=_linear_shape, differentiable=False)
 embedding = dialect.define(cpu_embedding, shape=_embedding_shape, differentiable=False)
 fused_attention = dialect.define(cpu_attention, shape=_attention_shape, differentiable=False)
-keep_last = dialect.define(last_positions, shape=_same_shape, differentiable=False)

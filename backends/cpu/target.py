@@ -81,12 +81,6 @@ def _rename_capacity(graph: OnnxGraph, program: Program) -> None:
         for value, port in zip(values, ports, strict=True):
             if port.role in _CACHE_ROLES and value.shape is not None:
                 value.shape[2] = CAPACITY
-            if port.role is Role.LOGITS and value.shape is not None and _is_limited(program):
-                value.shape[1] = Role.NUM_LOGITS.value
-
-
-def _is_limited(program: Program) -> bool:
-    return any(port.role is Role.NUM_LOGITS for port in program.signature.inputs)
 
 
 def _signature(graph: OnnxGraph, program: Program) -> Signature:

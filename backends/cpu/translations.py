@@ -102,13 +102,6 @@ def _attention(
     return made if past_key is not None else (made[0], key, value)
 
 
-@_TABLE.register(ops.keep_last)
-def _keep_last(b: Builder, x: ir.Value, count: ir.Value) -> ir.Value:
-    start = b.op("Neg", count)
-    end, axis = (b.constant([value], INT64) for value in (2**31 - 1, 1))
-    return b.op("Slice", x, start, end, axis)
-
-
 @_TABLE.register(dialect.rms_norm)
 def _rms_norm(b: Builder, x: ir.Value, weight: ir.Value | None, eps: float) -> ir.Value:
     return b.op("RmsNorm", x, weight, domain=OPERATOR_DOMAIN, dtype=FLOAT, epsilon=eps)

@@ -40,7 +40,7 @@ class Role(str, Enum):
     LOGITS = "logits"
     PRESENT_KEY = "present_key"
     PRESENT_VALUE = "present_value"
-    NUM_LOGITS = "num_logits"
+    LOGIT_POSITIONS = "logit_positions"
     TENSOR = "tensor"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
 from qcompile.backends.cpu import ops
 from qcompile.ir.edit import Editor
@@ -15,11 +17,11 @@ from qcompile.passes.quantize.layers import LINEAR
 
 
 class LimitLogits(Pass):
-    """``linear(x, head)``  =>  ``linear(last_positions(x, num_logits), head)``.
+    """``linear(x, head)``  =>  ``linear(index_select(x, 1, logit_positions), head)``.
 
-    `num_logits` is a new input: 1 while generating, the number of tokens for an evaluation. The
-    projection to the vocabulary is the largest layer of many models; a long prompt needs its last
-    row only.
+    `logit_positions` is a new input, ``[n]`` int64: the last position while generating, all of
+    them for an evaluation. The projection to the vocabulary is the largest layer of many models;
+    a long prompt needs its last row only.
     """
 
     ensures = frozenset({Fact.LOWERED})
@@ -38,13 +40,14 @@ class LimitLogits(Pass):
         x = head.args[0]
         assert isinstance(x, torch.fx.Node)
         with editor.after(program.inputs[-1]):
-            count = program.graph.placeholder("num_logits")
-        with program.fake_mode:
-            count.meta["val"] = torch.empty(1, dtype=torch.int64, device="meta")
+            positions = program.graph.placeholder(Role.LOGIT_POSITIONS.value)
+        positions.meta["val"] = _vector_of_any_length(program)
         with editor.before(head):
-            head.update_arg(0, editor.call(ops.keep_last, x, count))
-        inputs = (*program.signature.inputs, Port("num_logits", Role.NUM_LOGITS))
-        program.signature = replace(program.signature, inputs=inputs)
+            chosen = editor.call(torch.ops.aten.index_select.default, x, 1, positions)
+            head.update_arg(0, chosen)
+        _update_shapes(editor, head)
+        port = Port(Role.LOGIT_POSITIONS.value, Role.LOGIT_POSITIONS)
+        program.signature = replace(program.signature, inputs=(*program.signature.inputs, port))
         result.rewrites += 1
         return result
 
@@ -63,7 +66,29 @@ _POSITIONWISE = frozenset(
 def _head(program: Program) -> torch.fx.Node | None:
     """The projection behind the logits, if nothing between them mixes positions."""
     node = program.results[0]
-    while node.target in _POSITIONWISE and len(node.all_input_nodes) == 1:
+    while node.target in _POSITIONWISE and len(node.all_input_nodes) == 1 and len(node.users) == 1:
         node = node.all_input_nodes[0]
     is_projection = node.target in (LINEAR, ops.linear)
     return node if is_projection and len(node.users) == 1 else None
+
+
+def _vector_of_any_length(program: Program) -> torch.Tensor:
+    """A fake int64 vector whose length is a symbol of its own."""
+    mode = program.fake_mode
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    example = torch.empty(_EXAMPLE_LENGTH, dtype=torch.int64, device="meta")
+    return mode.from_tensor(
+        example, symbolic_context=context, source=ConstantSource(Role.LOGIT_POSITIONS.value)
+    )
+
+
+_EXAMPLE_LENGTH = 19
+"""Not 0 or 1, which would be taken for constants, nor a size that something else is likely to have."""
+
+
+def _update_shapes(editor: Editor, head: torch.fx.Node) -> None:
+    """The projection and what follows it have as many rows as there are positions."""
+    node = head
+    while node.op != "output":
+        node.meta["val"] = editor.infer(node)
+        (node,) = node.users

@@ -291,7 +291,7 @@ def changed(directory: Path, change: str) -> Manifest:
             update={"shape": ("batch", 1, "capacity", 2**31 - 1)}
         )
     elif change == "undescribed":
-        del inputs[roles.index("num_logits")]
+        del inputs[roles.index("logit_positions")]
     elif change == "no mask":
         del inputs[roles.index("attention_mask")]
     elif change == "unpaired":
@@ -313,7 +313,7 @@ def changed(directory: Path, change: str) -> Manifest:
         ("renamed", "describes 'tokens' .* no such value"),
         ("dtype", "describes 'logits' as float16"),
         ("size", "describes 'past_key_values.0.key' .* shape is"),
-        ("undescribed", "does not describe 'num_logits'"),
+        ("undescribed", "does not describe 'logit_positions'"),
         ("no mask", "attention_mask must tell"),
         ("unpaired", "value cache of layer 0"),
         ("no capacity", "is not .batch, ..., capacity"),
