@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 # Tests run side by side, so each process keeps to one thread; and none may reach for a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# torch narrates every trace to this logger; pytest would record it all, and print it on failures.
+logging.getLogger("torch.__trace").disabled = True
 
 TinyCheckpoint = Callable[..., Path]
 """``tiny_checkpoint(architecture, **config)``: see the fixture of that name."""
