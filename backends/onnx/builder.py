@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,7 @@ class Builder:
         self._weight = weight
         self._transposable = transposable
         self._names: set[str] = set()
+        self._repeats: Counter[str] = Counter()
         self._fakes: dict[ir.Value, Tensor] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._scalars: dict[ir.Value, ir.Value] = {}
@@ -325,10 +327,10 @@ class Builder:
 
     def unique(self, name: str) -> str:
         """The name, or with a number after it if it is taken."""
-        candidate, count = name, 1
+        candidate = name
         while candidate in self._names:
-            count += 1
-            candidate = f"{name}_{count}"
+            self._repeats[name] += 1
+            candidate = f"{name}_{self._repeats[name]}"
         self._names.add(candidate)
         return candidate
 

@@ -192,20 +192,23 @@ class _Emission:
                 self._builder.know_size(expected, emitted)
             emitted, expected = emitted.value, None
         if isinstance(emitted, ir.Value):
-            results, fakes = [emitted], [expected]
+            self._name(emitted, expected, node.name)
         elif isinstance(emitted, Sequence):
-            results, fakes = list(emitted), list(expected or ())
-        else:
-            return
-        new = {value for call in made for value in call.outputs}
-        several = not isinstance(emitted, ir.Value)
-        for i, (value, fake) in enumerate(zip(results, fakes, strict=False)):
-            if value in new and value.name is None:
-                value.name = self._builder.unique(f"{node.name}.{i}" if several else node.name)
-                if isinstance(fake, Tensor):
-                    self._describe(value, fake)
+            # Outputs that nothing reads may be missing at the end.
+            for i, (value, fake) in enumerate(zip(emitted, expected or (), strict=False)):
+                self._name(value, fake, f"{node.name}.{i}")
+        for call in made:
+            for value in call.outputs:
+                if value.name is None:
+                    value.name = self._builder.unique(f"{node.name}.{call.op_type.lower()}")
+
+    def _name(self, value: ir.Value, fake: Any, name: str) -> None:
+        if value.name is None:
+            value.name = self._builder.unique(name)
             if isinstance(fake, Tensor):
-                self._builder.know(value, fake)
+                self._describe(value, fake)
+        if isinstance(fake, Tensor):
+            self._builder.know(value, fake)
 
     def _describe(self, value: ir.Value, fake: Tensor) -> None:
         value.shape = self._dimensions.shape(fake)
@@ -239,10 +242,6 @@ class _Emission:
         calls = _live(builder.calls, self._outputs)
         used = {value for call in calls for value in call.inputs}
         initializers = [value for value in builder.initializers.values() if value in used]
-        for call in calls:
-            for value in call.outputs:
-                if value.name is None:
-                    value.name = builder.unique(f"{call.op_type.lower()}.value")
         domains = {call.domain for call in calls} - {""}
         graph = ir.Graph(
             self._inputs,
