@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 from qcompile.errors import RecipeError
 from qcompile.formats import Format, parse_format
@@ -15,6 +15,18 @@ FLOAT: Final = "float"
 """The choice that leaves a weight as it is."""
 
 Choice = Format | Literal["float"]
+
+
+class Override(Protocol):
+    """A recipe's exception: the weights that `match` matches get `format`, or stay float."""
+
+    @property
+    def match(self) -> str:
+        """Pattern on names."""
+
+    @property
+    def format(self) -> str:
+        """The name of a format, or ``"float"``."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class FormatPolicy:
         embedding: str | Format | None = None,
         lm_head: str | Format | None = None,
         ignore: Iterable[str] = (),
-        overrides: Iterable[Mapping[str, str]] = (),
+        overrides: Iterable[Override | Mapping[str, str]] = (),
     ) -> FormatPolicy:
         """A policy from the words of a recipe.
 
@@ -62,7 +74,7 @@ class FormatPolicy:
             None if embedding is None else _choice(embedding),
             None if lm_head is None else _choice(lm_head),
             tuple(ignore),
-            tuple((item["match"], _choice(item["format"])) for item in overrides),
+            tuple(_override(item) for item in overrides),
         )
 
     def decide(self, weight: LayerWeight) -> Decision:
@@ -124,6 +136,12 @@ def _choice(value: str | Format) -> Choice:
     if isinstance(value, Format):
         return value
     return FLOAT if value == FLOAT else parse_format(value)
+
+
+def _override(item: Override | Mapping[str, str]) -> tuple[str, Choice]:
+    if isinstance(item, Mapping):
+        return item["match"], _choice(item["format"])
+    return item.match, _choice(item.format)
 
 
 def _decision(choice: Choice, reason: str) -> Decision:

@@ -15,7 +15,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
-from qcompile.passes.quantize.policy import FormatPolicy
+from qcompile.passes.quantize.policy import FormatPolicy, Override
 
 METHODS = ("rtn",)
 """How codes can be chosen."""
@@ -45,8 +45,8 @@ class QuantizeWeights(Pass):
         embedding: Format of the token embedding, or ``"float"``. None: that of lm_head where both
             are one tensor, else it stays float.
         lm_head: Format of the linear that makes the logits, or ``"float"``. None: `format`.
-        overrides: ``{"match": pattern, "format": name or "float"}``; the last match wins, over
-            all of the above but `ignore`.
+        overrides: ``{"match": pattern, "format": name or "float"}``, or objects with these
+            attributes; the last match wins, over all of the above but `ignore`.
 
     Raises:
         RecipeError: A format or the method is unknown.
@@ -65,7 +65,7 @@ class QuantizeWeights(Pass):
         ignore: Iterable[str] = (),
         embedding: str | Format | None = None,
         lm_head: str | Format | None = None,
-        overrides: Iterable[Mapping[str, str]] = (),
+        overrides: Iterable[Override | Mapping[str, str]] = (),
     ) -> None:
         if method not in METHODS:
             raise RecipeError(

@@ -1,4 +1,5 @@
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from qcompile.formats import parse_format, rtn
 from qcompile.ir import dialect
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, PassManager, run_passes
-from qcompile.progress import NullProgress
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+from qcompile.progress import NullProgress
 
 
 def run(program, *args, **kwargs):
@@ -106,6 +107,13 @@ def test_last_matching_override_wins_over_parts_but_not_over_ignore(untied):
         "gate.weight": "float by pattern 'gate.weight'",
         "down.weight": "ignored by pattern 'down.*'",
     }
+
+
+def test_override_may_be_an_object(untied):
+    override = SimpleNamespace(match="gate", format="int8")
+    _, result = run(untied, "int4-g16", overrides=(override,))
+    assert formats(result)["gate.weight"] == "int8"
+    assert formats(result)["up.weight"] == "int4-g16"
 
 
 def test_pattern_that_matches_nothing_is_reported(untied):
