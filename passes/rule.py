@@ -394,7 +394,7 @@ def _skips(refusals: list[_Refusal]) -> list[Skip]:
         kinds.setdefault(refusal.kind, []).append(refusal)
     skips = []
     for first, *others in kinds.values():
-        more = f" (and at {len(others)} more places)" if others else ""
+        more = f" (and at {len(others)} more)" if others else ""
         skips.append(Skip(first.node.name, first.reason + more))
     if len(skips) > MAX_SKIPS:
         left_out = len(skips) - MAX_SKIPS

@@ -504,7 +504,7 @@ def test_equal_misses_are_told_once_with_their_number() -> None:
     (skip,) = apply(capture(function), GatedAct()).skips
     assert skip.node == "mul"
     assert skip.reason == (
-        "gated_act: self of aten.mul: needs aten.silu, found aten.exp 'exp' (and at 4 more places)"
+        "gated_act: self of aten.mul: needs aten.silu, found aten.exp 'exp' (and at 4 more)"
     )
 
 
