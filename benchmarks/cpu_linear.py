@@ -185,11 +185,15 @@ class Chain:
 
 def memory_bandwidth(threads: int, buffer: np.ndarray) -> float:
     """Bytes per second of reading `buffer` once, split over threads."""
+
+    def read(part: np.ndarray) -> None:
+        np.einsum("i,i->", part, part)  # vectorized, and never threaded by itself
+
     parts = np.array_split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(np.maximum.reduce, parts))
+        list(pool.map(read, parts))
         start = time.perf_counter()
-        list(pool.map(np.maximum.reduce, parts))
+        list(pool.map(read, parts))
         return buffer.nbytes / (time.perf_counter() - start)
 
 
@@ -197,7 +201,7 @@ def measure(
     setting: Setting, names: list[str], all_rows: list[int]
 ) -> tuple[list[Result], list[float]]:
     chains = {name: Chain(name, setting) for name in names}
-    buffer = np.ones(512 * 2**20, np.uint8)
+    buffer = np.ones(128 * 2**20, np.float32)
     bandwidth = []
     results = []
     for rows in all_rows:
@@ -205,9 +209,10 @@ def measure(
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(setting.rounds + 1):
             bandwidth.append(memory_bandwidth(setting.threads, buffer))
-            for name, chain in chains.items():
-                seconds = chain.seconds_per_layer(x)
-                if turn > 0:  # the first one warms up
+            first = turn % len(names)  # so that no variant always follows the same other
+            for name in names[first:] + names[:first]:
+                seconds = chains[name].seconds_per_layer(x)
+                if turn > 0:  # the first turn warms up
                     times[name].append(seconds)
         for name, chain in chains.items():
             median = statistics.median(times[name])
@@ -245,14 +250,18 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 128])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--megabytes", type=int, default=160, help="weights per chain")
+    parser.add_argument("--megabytes", type=float, default=160, help="weights per chain")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     arguments = parser.parse_args()
     if arguments.n != arguments.k:
         parser.error("layers are chained, so --n and --k must be equal")
     setting = Setting(
-        arguments.n, arguments.k, arguments.threads, arguments.rounds, arguments.megabytes * 2**20
+        arguments.n,
+        arguments.k,
+        arguments.threads,
+        arguments.rounds,
+        int(arguments.megabytes * 2**20),
     )
     results, bandwidth = measure(setting, arguments.variants, arguments.rows)
     if arguments.json:

@@ -106,19 +106,22 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
     }
     p += P::kHeaderBytes;
     for (int64_t u = 0; u < units; ++u, k += kUnit, p += P::kUnitBytes) {
+      Bytes first[kBlocks], second[kBlocks];
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
-        Bytes first, second;
-        Unpack<kBits>(p + b * block_bytes, &first, &second);
+        Unpack<kBits>(p + b * block_bytes, &first[b], &second[b]);
         for (int64_t line = 0; line < P::kUnitBytes; line += 64) {
           __builtin_prefetch(p + b * block_bytes + line + kPrefetch);
         }
+      }
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          I& low = dot[r][b][0];
-          I& high = dot[r][b][kChains - 1];
-          low = DotAccumulate<kBits>(low, first, LoadFour(a[r] + k));
-          high = DotAccumulate<kBits>(high, second, LoadFour(a[r] + k + 4));
+      for (int r = 0; r < kRows; ++r) {
+        const int32_t low = LoadFour(a[r] + k), high = LoadFour(a[r] + k + 4);
+#pragma GCC unroll 4
+        for (int b = 0; b < kBlocks; ++b) {
+          I* sum = dot[r][b];
+          sum[0] = DotAccumulate<kBits>(sum[0], first[b], low);
+          sum[kChains - 1] = DotAccumulate<kBits>(sum[kChains - 1], second[b], high);
         }
       }
     }
@@ -162,7 +165,7 @@ struct LinearInt8Kernel {
   static void Run(const LinearTile& t) {
     // Few rows are bound by memory: several column blocks, hence several streams, at a time.
     const int64_t rows = t.row_end - t.row_begin;
-    const int64_t wide = rows == 1 ? kWideBlocks : rows == 2 ? Least(2, kWideBlocks) : 1;
+    const int64_t wide = rows == 1 ? kWideBlocks : kRowBlocks;
     int64_t block = t.block_begin;
     if constexpr (kWideBlocks >= 4) {
       for (; wide >= 4 && block + 4 <= t.block_end; block += 4) {
