@@ -136,12 +136,15 @@ class Miss:
     def reason(self) -> str:
         """``"input of aten.linear: needs qc.rms_norm, found aten.silu 'silu_3'"``."""
         name = f" '{self.node.name}'" if isinstance(self.node, fx.Node) else ""
-        return f"{self.kind}{name}"
+        return self._tell(_describe(self.node) + name)
 
     @property
     def kind(self) -> str:
         """The reason without the node's name, so that equal ones can be counted."""
-        why = self.why.format(node=_describe(self.node), wanted=_describe(self.wanted))
+        return self._tell(_describe(self.node))
+
+    def _tell(self, node: str) -> str:
+        why = self.why.format(node=node, wanted=_describe(self.wanted))
         return why if self.where is None else f"{_describe_place(self.where)}: {why}"
 
 
@@ -191,11 +194,14 @@ class Matcher:
             else:
                 self._fail(bound, value, where, NEEDS, term)
         elif key_of(term) in bound:
-            known = bound[key_of(term)]
+            known_as = key_of(term)
+            known = bound[known_as]
             if known is value or (not isinstance(value, fx.Node) and known == value):
                 yield bound
             else:
-                self._fail(bound, value, where, "{node} is not what {wanted} is elsewhere", term)
+                self._fail(
+                    bound, value, where, "{node} is not what {wanted} is elsewhere", known_as
+                )
         elif isinstance(term, Variable):
             if _may_bind(term, value):
                 yield {**bound, key_of(term): value}
@@ -203,14 +209,10 @@ class Matcher:
                 self._fail(bound, value, where, NEEDS, term)
         elif isinstance(term, Call):
             yield from self._call(term, value, bound, where)
-        else:
-            yield from self._wrapped(term, value, bound, where)
-
-    def _wrapped(self, term: Term, value: Any, bound: Bound, where: _Where) -> Iterator[Bound]:
-        options = term.options if isinstance(term, Choice) else (getattr(term, "term"),)  # noqa: B009
-        for option in options:
-            for extended in self._value(option, value, bound, where):
-                yield {**extended, term: value}
+        elif isinstance(term, (Choice, Marked)):
+            for option in term.options if isinstance(term, Choice) else (term.term,):
+                for extended in self._value(option, value, bound, where):
+                    yield {**extended, term: value}
 
     def _call(self, term: Call, value: Any, bound: Bound, where: _Where) -> Iterator[Bound]:
         if not isinstance(value, fx.Node) or value.target not in term.targets:
