@@ -46,7 +46,7 @@ class Editor:
     def infer(self, node: fx.Node) -> Any:
         """The fake value of a call, computed from those of its arguments."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.no_grad():
+        with self._mode, torch.device("meta"), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def weight(self, name: str) -> fx.Node:
