@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -187,7 +187,7 @@ def _open(model: Model, example_inputs: Any, dequantize: bool) -> Program:
     if example_inputs is not None:
         return capture_module(model, example_inputs)
     if _is_transformers_model(model):
-        return capture_model(model)
+        return capture_model(cast("PreTrainedModel", model))
     raise ModelError(
         f"{type(model).__name__} is a plain module: it takes example inputs to trace it",
         remedy="pass example_inputs=(tensor, ...)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,17 @@ def generation_info(provenance: Provenance) -> GenerationInfo:
     eos = setting("eos_token_id")
     pad = setting("pad_token_id")
     return GenerationInfo(
-        eos_token_ids=tuple(eos if isinstance(eos, (list, tuple)) else () if eos is None else [eos]),
+        eos_token_ids=_ids(eos),
         bos_token_id=setting("bos_token_id"),
         pad_token_id=pad if pad is None or pad >= 0 else None,
         max_context=config.get("max_position_embeddings"),
     )
+
+
+def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else tuple(value)
 
 
 def _generation_settings(provenance: Provenance) -> Mapping[str, Any]:

@@ -79,7 +79,7 @@ class Interpreter(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """One operator, with dtypes and devices that follow the interpreter's."""
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._follow)  # type: ignore[misc, assignment]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._follow)
         if self.device.type != "cpu" and _makes_tensors(target):
             kwargs = {**kwargs, "device": self.device}
         return super().call_function(target, args, kwargs)

@@ -58,7 +58,7 @@ class Program:
     @property
     def output_node(self) -> fx.Node:
         """The node that ends the graph."""
-        node = next(reversed(self.graph.nodes))
+        node: fx.Node = next(reversed(self.graph.nodes))
         assert node.op == "output"
         return node
 

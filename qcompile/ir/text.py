@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.program import Program
+from qcompile.ir.sizes import expression
 
 _DTYPES = {
     torch.float64: "f64",
@@ -101,4 +102,4 @@ class _Printer:
         def rename(match: re.Match[str]) -> str:
             return self.symbols.setdefault(match[0], f"s{len(self.symbols)}")
 
-        return re.sub(r"\b[a-z]\d+\b", rename, str(size.node.expr))
+        return re.sub(r"\b[a-z]\d+\b", rename, str(expression(size)))

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from qcompile.errors import EquivalenceError
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
+from qcompile.ir.sizes import expression, is_symbolic
 from qcompile.ir.text import format_target
 from qcompile.ir.types import Role
 
@@ -123,9 +124,9 @@ def size_identities(program: Program) -> dict[Any, Any]:
     if any(role not in sizes for role in needed):
         return {}
     query, total, past = sizes[needed[0]][1], sizes[needed[1]][1], sizes[needed[2]][2]
-    if not all(isinstance(size, torch.SymInt) for size in (query, total, past)):
+    if not all(map(is_symbolic, (query, total, past))):
         return {}
-    return {total.node.expr: past.node.expr + query.node.expr}
+    return {expression(total): expression(past) + expression(query)}
 
 
 def _shape(value: Any, known: dict[Any, Any]) -> Any:
@@ -133,6 +134,6 @@ def _shape(value: Any, known: dict[Any, Any]) -> Any:
         return value.dtype, tuple(_shape(size, known) for size in value.shape)
     if isinstance(value, (list, tuple)):
         return [_shape(item, known) for item in value]
-    if isinstance(value, torch.SymInt):
-        return str(sympy.expand(value.node.expr.subs(known)))
+    if is_symbolic(value):
+        return str(sympy.expand(expression(value).subs(known)))
     return str(value)
