@@ -11,9 +11,9 @@
 namespace qcompile::cpu {
 namespace {
 
-// Below this much work the threads' wake-up costs more than they save: about 3 us a call against
-// some 10 GB/s a thread (benchmarks/cpu_linear.py).
-constexpr int64_t kLeastParallelWork = 64 * 1024;
+// Below this much work the threads' wake-up, about 3 us a call, costs more than they save: a thread
+// reads 15 to 25 bytes per ns (benchmarks/cpu_linear.py), and two of them save half of that time.
+constexpr int64_t kLeastParallelWork = 128 * 1024;
 
 void ThrowIfFailed(const ort::OrtApi& api, ort::OrtStatus* status, const char* what) {
   if (status == nullptr) return;

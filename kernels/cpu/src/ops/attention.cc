@@ -284,7 +284,7 @@ class Attention : public Operator {
     if (rows_are_heads && p.batch * s_.kv_heads < kEnoughTasks) rows = 1;
     const int64_t blocks = (row_count + rows - 1) / rows;
     const int64_t lanes = rows_are_heads ? s_.kv_heads : s_.heads;
-    const int64_t work = p.batch * s_.heads * p.queries * p.total * (p.head_dim + p.value_dim) / 2;
+    const int64_t work = p.batch * s_.heads * p.queries * p.total * (p.head_dim + p.value_dim);
     context.ParallelFor(p.batch * lanes * blocks, work, [&](int64_t task) {
       // The longest rows, those of the last queries, come first.
       const int64_t block = blocks - 1 - task / (p.batch * lanes);
