@@ -6,8 +6,6 @@ that a lowered program can be interpreted and compared with the one before.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,8 @@ INT8_PER_GROUP = "int8_group"
 def cpu_linear(
     x: Tensor,
     packed: Tensor,
-    bias: Optional[Tensor],
-    residual: Optional[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
     n: int,
     k: int,
     bits: int,
@@ -82,13 +80,13 @@ def cpu_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    past_key: Optional[Tensor],
-    past_value: Optional[Tensor],
-    key_mask: Optional[Tensor],
-    bias: Optional[Tensor],
-    cos: Optional[Tensor],
-    sin: Optional[Tensor],
-    sinks: Optional[Tensor],
+    past_key: Tensor | None,
+    past_value: Tensor | None,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    sinks: Tensor | None,
     num_heads: int,
     num_kv_heads: int,
     scale: float,
@@ -135,12 +133,14 @@ def cpu_attention(
 
 
 def _linear_shape(x: Tensor, packed: Tensor, *rest: object) -> Tensor:
+    del packed
     n = rest[2]
     assert isinstance(n, int)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _embedding_shape(ids: Tensor, packed: Tensor, n: int, k: int, *rest: object) -> Tensor:
+    del packed, n, rest
     return torch.empty((*ids.shape, k), dtype=torch.float32, device=ids.device)
 
 
@@ -153,7 +153,8 @@ def _attention_shape(
     *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, kv_heads = rest[5], rest[6]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    assert isinstance(heads, int)
+    assert isinstance(kv_heads, int)
     batch, length, width = query.shape[0], query.shape[1], value.shape[2] // kv_heads
     out = query.new_empty((batch, length, heads * width))
     new_key = query.new_empty((batch, kv_heads, length, key.shape[2] // kv_heads))

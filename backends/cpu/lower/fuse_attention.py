@@ -83,7 +83,9 @@ class _Rotation:
 
 def _fuse(editor: Editor, node: fx.Node, attention_mask: fx.Node | None) -> None:
     query, key, value, mask, key_mask, sinks, scale, causal, window, softcap = node.args
-    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     heads, kv_heads = int(query.meta["val"].shape[1]), int(key.meta["val"].shape[1])
     past_key, new_key = _split_append(key, node)
     past_value, new_value = _split_append(value, node)
@@ -114,13 +116,14 @@ def _fuse(editor: Editor, node: fx.Node, attention_mask: fx.Node | None) -> None
 
 
 def _split_append(node: fx.Node, attention: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    """The past and the new positions, if a cache append feeds only this attention and the output."""
+    """The past and the new positions, if only this attention and the output read an append."""
     if node.target is not dialect.kv_append:
         return None, node
     if any(user is not attention and user.op != "output" for user in node.users):
         return None, node
     past, new = node.args
-    assert isinstance(past, fx.Node) and isinstance(new, fx.Node)
+    assert isinstance(past, fx.Node)
+    assert isinstance(new, fx.Node)
     return past, new
 
 
@@ -131,7 +134,8 @@ def _common_rotation(query: fx.Node, key: fx.Node) -> _Rotation | None:
     if not same or len(key.users) != 1 or len(query.users) != 1:
         return None
     _, cos, sin, interleaved = query.args
-    assert isinstance(cos, fx.Node) and isinstance(sin, fx.Node)
+    assert isinstance(cos, fx.Node)
+    assert isinstance(sin, fx.Node)
     return _Rotation(cos, sin, bool(interleaved))
 
 

@@ -73,8 +73,10 @@ Layout = tuple[int, int, int, int, bool, int]
 
 def _packed(editor: Editor, weight: fx.Node) -> tuple[fx.Node, Layout]:
     codes, scale, zero_point, bits, group_size = weight.args
-    assert isinstance(codes, fx.Node) and isinstance(scale, fx.Node)
-    assert isinstance(bits, int) and isinstance(group_size, int)
+    assert isinstance(codes, fx.Node)
+    assert isinstance(scale, fx.Node)
+    assert isinstance(bits, int)
+    assert isinstance(group_size, int)
     name = str(codes.target)
     n, k = codes.meta["val"].shape
     dtype = str(scale.meta["val"].dtype).removeprefix("torch.")
@@ -111,9 +113,7 @@ def _packed(editor: Editor, weight: fx.Node) -> tuple[fx.Node, Layout]:
             )
 
         spec = TensorSpec((size,), torch.uint8)
-        editor.program.weights.derive(
-            packed_name, operands, pack, spec, exact=True, label="pack"
-        )
+        editor.program.weights.derive(packed_name, operands, pack, spec, exact=True, label="pack")
     layout = (n, k, bits, group_size, zero_point is not None, SCALE_DTYPES.index(dtype))  # type: ignore[arg-type]
     return editor.weight(packed_name), layout
 
@@ -126,21 +126,35 @@ def _linear(editor: Editor, node: fx.Node, packed: fx.Node, layout: Layout) -> f
 
 def _activations(x: Any, group_size: int) -> tuple[Any, str]:
     """The float input of a linear, and how it is rounded on the way."""
+    source, group = _dynamic_int8(x)
+    if source is None or group not in (0, group_size):
+        return x, ops.FLOAT_ACTIVATIONS
+    return source, ops.INT8_PER_GROUP if group else ops.INT8_PER_TOKEN
+
+
+def _dynamic_int8(x: Any) -> tuple[fx.Node | None, int]:
+    """What a node rounds to symmetric int8 with scales of its own, and the group of these scales.
+
+    None unless all three operators agree: the scale, too, is that of this input, width and group.
+    """
     if not isinstance(x, fx.Node) or x.target is not dialect.dequantize:
-        return x, ops.FLOAT_ACTIVATIONS
-    codes, scale, zero_point, bits, group = x.args
-    is_dynamic = (
-        isinstance(codes, fx.Node)
-        and codes.target is dialect.quantize
-        and isinstance(scale, fx.Node)
-        and scale.target is dialect.dynamic_scale
-        and codes.args[0] is scale.args[0]
-        and zero_point is None
-        and bits == 8
-    )
-    if not is_dynamic or group not in (0, group_size):
-        return x, ops.FLOAT_ACTIVATIONS
-    return codes.args[0], ops.INT8_PER_GROUP if group else ops.INT8_PER_TOKEN  # type: ignore[union-attr]
+        return None, 0
+    codes, scale, *how = x.args
+    zero_point, bits, group = how
+    if not isinstance(codes, fx.Node) or codes.target is not dialect.quantize:
+        return None, 0
+    if not isinstance(scale, fx.Node) or scale.target is not dialect.dynamic_scale:
+        return None, 0
+    source = codes.args[0]
+    agree = codes.args[1:] == (scale, *how) and scale.args == (source, bits, group)
+    if not agree or zero_point is not None or bits != _INT8_BITS:
+        return None, 0
+    assert isinstance(source, fx.Node)
+    assert isinstance(group, int)
+    return source, group
+
+
+_INT8_BITS = 8
 
 
 def _take_residual(editor: Editor, node: fx.Node) -> int:

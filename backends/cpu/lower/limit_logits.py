@@ -83,7 +83,7 @@ def _vector_of_any_length(program: Program) -> torch.Tensor:
 
 
 _EXAMPLE_LENGTH = 19
-"""Not 0 or 1, which would be taken for constants, nor a size that something else is likely to have."""
+"""Not 0 or 1, which would be taken for constants, nor a size that anything else may have."""
 
 
 def _update_shapes(editor: Editor, head: torch.fx.Node) -> None:
