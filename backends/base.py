@@ -120,3 +120,15 @@ class Target(ABC):
         Raises:
             TargetError: Names what cannot be written.
         """
+
+    def predict_files(self, program: Program) -> dict[str, int] | None:
+        """Bytes of the files that `pack` would write, by name, without reading a weight.
+
+        Args:
+            program: What `lower` gave of a program whose weights may be shapes only.
+
+        Returns:
+            None if the target cannot tell; the weights' own bits are counted then.
+        """
+        del program
+        return None

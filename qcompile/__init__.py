@@ -17,13 +17,17 @@ from typing import TYPE_CHECKING, Any
 from qcompile.errors import QCompileError
 
 if TYPE_CHECKING:
+    from qcompile.analysis.sites import Site, find_sites
     from qcompile.artifact import Artifact, load
     from qcompile.backends.base import Target
     from qcompile.compiler import capture, compile, evaluate
     from qcompile.evaluation.evaluate import Evaluation
+    from qcompile.inspection import inspect
     from qcompile.ir.program import Program
+    from qcompile.legality import preflight
     from qcompile.passes.infra import Pass, run_passes
     from qcompile.passes.rule import Rule
+    from qcompile.passes.transform.randomize_sites import randomize_sites
     from qcompile.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
@@ -36,13 +40,18 @@ __all__ = [
     "QCompileError",
     "Recipe",
     "Rule",
+    "Site",
     "Target",
     "__version__",
     "capture",
     "compile",
     "evaluate",
+    "find_sites",
+    "inspect",
     "load",
     "load_recipe",
+    "preflight",
+    "randomize_sites",
     "run_passes",
 ]
 
@@ -53,12 +62,17 @@ _HOMES = {
     "Program": "qcompile.ir.program",
     "Recipe": "qcompile.recipe",
     "Rule": "qcompile.passes.rule",
+    "Site": "qcompile.analysis.sites",
     "Target": "qcompile.backends.base",
     "capture": "qcompile.compiler",
     "compile": "qcompile.compiler",
     "evaluate": "qcompile.compiler",
+    "find_sites": "qcompile.analysis.sites",
+    "inspect": "qcompile.inspection",
     "load": "qcompile.artifact",
     "load_recipe": "qcompile.recipe",
+    "preflight": "qcompile.legality",
+    "randomize_sites": "qcompile.passes.transform.randomize_sites",
     "run_passes": "qcompile.passes.infra",
 }
 

@@ -1,4 +1,4 @@
-"""The command line: ``qcompile compile``, ``run``, ``eval`` and ``recipes``.
+"""The command line: ``qcompile compile``, ``run``, ``inspect``, ``check``, ``eval``, ``recipes``.
 
 Commands parse their arguments, call the public function of the same name and print what it
 returns. torch is imported inside commands, so that ``--help`` answers at once.
@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qcompile import cli_inspect
+from qcompile.cli_options import (
+    DequantizeFlag,
+    JsonFlag,
+    ModelArgument,
+    RecipeOption,
+    SettingsOption,
+    TargetOption,
+)
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.recipe import (
     DEFAULT_RECIPE,
@@ -40,11 +49,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-DequantizeFlag = Annotated[
-    bool, typer.Option("--dequantize", help="Accept a quantized checkpoint: decode it first.")
-]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads to use; default: one per core.")
 ]
@@ -113,23 +118,16 @@ def _root(
     "--set quantize_weights.format=int4-g64",
 )
 def compile_command(
-    model: Annotated[
-        str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")
-    ],
+    model: ModelArgument,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output", "-o", help="Directory to write; default: MODEL-RECIPE-TARGET here."
         ),
     ] = None,
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")
-    ] = DEFAULT_RECIPE,
-    target: Annotated[str, typer.Option("--target", "-t", help="What will run it.")] = "cpu",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Set an option; repeatable."),
-    ] = None,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    target: TargetOption = "cpu",
+    settings: SettingsOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
     ] = False,
@@ -225,6 +223,9 @@ def run(
         console.print_json(conversation.completion_document(loaded, request, options))
     else:
         conversation.print_stream(loaded.stream(request, **options))
+
+
+cli_inspect.register(app)
 
 
 @app.command(

@@ -16,13 +16,13 @@ import torch
 import qcompile
 from qcompile.artifact import Artifact, load
 from qcompile.atomic_directory import write_artifact_directory
-from qcompile.backends.base import Finding
 from qcompile.backends.registry import get_target
-from qcompile.errors import DataError, ModelError, TargetError
+from qcompile.errors import DataError, ModelError
 from qcompile.frontends.huggingface import capture_model
 from qcompile.frontends.open import capture_path
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir.program import Program
+from qcompile.legality import preflight
 from qcompile.manifest import is_artifact
 from qcompile.packaging import write_package
 from qcompile.passes.infra import Context, PassManager, PassRecord, Phase
@@ -84,17 +84,15 @@ def compile(
     with _threads(threads), contextlib.ExitStack() as stack:
         stack.callback(progress.done)
         with _phase(report, progress, "capture"):
-            program = _open(model, example_inputs, dequantize)
+            program = open_model(model, example_inputs, dequantize)
         destination = _destination(output, program, resolved, target)
         program = _run(front_phases(), program, context, report)
-        _refuse(target, backend.check(program))
+        preflight(program, resolved, backend).refuse()
         program = _run(recipe_phases(resolved), program, context, report)
         bits = count_bits(program)
         with _phase(report, progress, "lower"):
             lowered = backend.lower(program, context)
-        with write_artifact_directory(
-            destination, overwrite, bytes_needed=bits.bytes
-        ) as directory:
+        with write_artifact_directory(destination, overwrite, bytes_needed=bits.bytes) as directory:
             with _phase(report, progress, "pack"):
                 packed = backend.pack(lowered, directory, progress)
             report.notes = program.notes
@@ -125,7 +123,7 @@ def capture(model: Model, example_inputs: Any = None, *, dequantize: bool = Fals
     Raises:
         ModelError: If the model cannot be read or traced.
     """
-    program = _open(model, example_inputs, dequantize)
+    program = open_model(model, example_inputs, dequantize)
     return PassManager(front_phases()).run(program)[0]
 
 
@@ -173,8 +171,17 @@ def evaluate(
     )
 
 
-def _open(model: Model, example_inputs: Any, dequantize: bool) -> Program:
-    """A program as captured, before any pass."""
+def open_model(model: Model, example_inputs: Any, dequantize: bool) -> Program:
+    """A program as captured, before any pass.
+
+    Args:
+        model: As for `capture`; a program is returned as it is.
+        example_inputs: For a plain module, inputs to trace it with.
+        dequantize: Whether an already quantized checkpoint may be read as floats.
+
+    Raises:
+        ModelError: If the model cannot be read or traced.
+    """
     if isinstance(model, Program):
         return model
     if isinstance(model, (str, os.PathLike)):
@@ -244,13 +251,6 @@ def _add(report: CompileReport, records: list[PassRecord]) -> None:
     for record in records:
         spent = record.seconds + record.check_seconds
         report.seconds[record.phase] = report.seconds.get(record.phase, 0.0) + spent
-
-
-def _refuse(target: str, findings: list[Finding]) -> None:
-    if findings:
-        shown = "\n".join(f"  - {finding}" for finding in findings[:20])
-        more = f"\n  and {len(findings) - 20} more" if len(findings) > 20 else ""
-        raise TargetError(f"target '{target}' cannot run this model:\n{shown}{more}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-EVERYWHERE = frozenset({"errors", "progress"})
+EVERYWHERE = frozenset({"errors", "folding", "progress"})
 """Entries of the package that any module may import, and that import none themselves."""
 
 LAYERS: tuple[frozenset[str], ...] = tuple(
@@ -31,8 +31,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         # What an artifact consists of, which backends write and read.
         "manifest atomic_directory text generation",
         "backends",
-        "recipe recipe_schema recipe_yaml artifact evaluation report packaging pipeline compiler",
-        "cli console conversation",
+        "recipe recipe_schema recipe_yaml artifact evaluation report packaging pipeline compiler "
+        "planning estimates legality inspection artifact_inspection",
+        "cli cli_inspect cli_options console conversation tables inspection_tables",
     )
 )
 """Entries of the package from the bottom to the top; a module imports its own layer or lower."""

@@ -9,7 +9,7 @@ from qcompile.backends.base import Capabilities, Finding, Packed, Target
 from qcompile.backends.cpu.lower import lower_phase
 from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
-from qcompile.backends.onnx.external_data import write_model
+from qcompile.backends.onnx.external_data import predict_sizes, write_model
 from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
 from qcompile.ir.program import Program
@@ -52,11 +52,20 @@ class CpuTarget(Target):
 
     def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
         """Writes ``model.onnx`` and its memory-mapped weights."""
-        graph = OnnxEmitter(TRANSLATIONS).emit(program, name=program.provenance.name)
-        _rename_capacity(graph, program)
+        graph = _emit(program)
         progress.stage("write weights", len(graph.weights))
         stored = write_model(graph, program.weights, directory, progress=progress)
         return Packed(_signature(graph, program), KERNEL_LAYOUT_VERSION, stored)
+
+    def predict_files(self, program: Program) -> dict[str, int]:
+        """Exact sizes of ``model.onnx`` and its weights."""
+        return predict_sizes(_emit(program))
+
+
+def _emit(program: Program) -> OnnxGraph:
+    graph = OnnxEmitter(TRANSLATIONS).emit(program, name=program.provenance.name)
+    _rename_capacity(graph, program)
+    return graph
 
 
 def _format_reason(format: Format) -> str | None:

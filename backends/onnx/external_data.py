@@ -70,6 +70,30 @@ def write_model(
     return stored
 
 
+def predict_sizes(graph: OnnxGraph, *, name: str = MODEL_NAME) -> dict[str, int]:
+    """Bytes of the files that `write_model` would write, by file name; no weight is read.
+
+    Args:
+        graph: The model; it is not to be used for anything else afterwards.
+        name: File name of the model.
+    """
+    data, end = f"{name}.data", 0
+    for key, value in graph.model.graph.initializers.items():
+        weight = graph.weights.get(key)
+        if weight is None:
+            continue
+        if weight.spec.bytes < _INLINE_BYTES:
+            value.const_value = _inline(
+                torch.zeros(weight.spec.shape, dtype=weight.spec.dtype), value
+            )
+            continue
+        offset = _aligned(end, weight.spec.bytes)
+        end = offset + weight.spec.bytes
+        value.const_value = _external(value, data, offset, weight.spec.bytes)
+    sizes = {name: len(_serialize(graph)), data: end}
+    return {file: size for file, size in sizes.items() if size}
+
+
 def to_bytes(graph: OnnxGraph, weights: WeightStore) -> bytes:
     """A small model with all weights inside, as ONNX Runtime reads it.
 
@@ -128,11 +152,20 @@ def _store(tensor: Tensor, value: ir.Value, file: BinaryIO, location: str) -> ir
     length = tensor.nbytes
     if length < _INLINE_BYTES:
         return _inline(tensor, value)
-    alignment = _PAGE if length > _PAGED_BYTES else _LINE
-    file.write(b"\0" * (-file.tell() % alignment))
-    offset = file.tell()
+    offset = _aligned(file.tell(), length)
+    file.write(b"\0" * (offset - file.tell()))
     for block in _blocks(tensor):
         file.write(_raw(block).data)
+    return _external(value, location, offset, length)
+
+
+def _aligned(position: int, length: int) -> int:
+    """Where a tensor may begin, at or after a position."""
+    alignment = _PAGE if length > _PAGED_BYTES else _LINE
+    return position + -position % alignment
+
+
+def _external(value: ir.Value, location: str, offset: int, length: int) -> ir.ExternalTensor:
     assert value.dtype is not None
     assert value.shape is not None
     return ir.ExternalTensor(

@@ -1,0 +1,23 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+DequantizeFlag = Annotated[
+    bool, typer.Option("--dequantize", help="Accept a quantized checkpoint: decode it first.")
+]
+ModelArgument = Annotated[
+    str, typer.Argument(help="Hugging Face directory or hub id, or a .gguf file.")
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")
+]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="What will run it.")]
+SettingsOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Set an option; repeatable."),
+]

@@ -1,0 +1,189 @@
+"""A compilation without the work: the program that a recipe will make, and no weight read.
+
+The planned program is the compiled one, node for node, except that the codes behind its weights
+are shapes only. It can be printed, counted, checked and lowered, but not run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, cast
+
+import torch
+
+from qcompile.errors import RecipeError
+from qcompile.formats import Format, QuantizedWeight
+from qcompile.ir.program import Program
+from qcompile.ir.types import Fact
+from qcompile.passes.infra import (
+    Context,
+    Lossy,
+    Numerics,
+    Pass,
+    PassManager,
+    PassRecord,
+    PassResult,
+    Phase,
+)
+from qcompile.passes.quantize.layers import LayerWeight, layer_weights
+from qcompile.passes.quantize.policy import FormatPolicy
+from qcompile.passes.quantize.quantize_weights import replace_weight
+from qcompile.pipeline import recipe_phases
+from qcompile.recipe import QuantizeWeights, Recipe, StepOptions
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """What a recipe decides for one weight.
+
+    Attributes:
+        name: Its entry in the weight store.
+        parts: What it does in the model, such as ``("embedding", "lm_head")``.
+        shape: Its shape.
+        format: Its format, or None if it stays float.
+        reason: Why it stays float; empty otherwise.
+        conflict: Why no format can be chosen, or None.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    shape: tuple[int, ...]
+    format: Format | None
+    reason: str = ""
+    conflict: RecipeError | None = None
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """What a recipe decides for all weights.
+
+    Attributes:
+        weights: In graph order: those that can become codes, then the others of two and more
+            dimensions.
+        unmatched: Patterns of the recipe that match no weight.
+    """
+
+    weights: tuple[PlannedWeight, ...]
+    unmatched: tuple[str, ...] = ()
+
+
+def plan_weights(program: Program, recipe: Recipe) -> WeightPlan:
+    """The format of every weight, without a look at its numbers.
+
+    Args:
+        program: In canonical form.
+        recipe: The recipe; without a step that quantizes weights all stay float.
+    """
+    found, excluded = layer_weights(program)
+    policy = next(
+        (_policy(o) for step in recipe.steps if isinstance(o := step.options, QuantizeWeights)),
+        None,
+    )
+    weights = [_decide(program, policy, weight) for weight in found]
+    weights += [
+        PlannedWeight(name, (), program.weights.spec(name).shape, None, reason)
+        for name, reason in excluded.items()
+    ]
+    unmatched = policy.unmatched(weight.name for weight in weights) if policy is not None else ()
+    return WeightPlan(tuple(weights), tuple(unmatched))
+
+
+def planned_phases(recipe: Recipe) -> tuple[Phase, ...]:
+    """The steps of a recipe as phases that read no weight."""
+    return tuple(
+        Phase(step.name, (PLANNERS[step.name](step.options),)) if step.name in PLANNERS else phase
+        for step, phase in zip(recipe.steps, recipe_phases(recipe), strict=True)
+    )
+
+
+def plan(
+    program: Program,
+    recipe: Recipe,
+    *,
+    on_phase: Callable[[str, Program], None] | None = None,
+) -> tuple[Program, list[PassRecord]]:
+    """The program that a recipe makes of another one, without its numbers.
+
+    Args:
+        program: In canonical, raised form; it is not changed.
+        recipe: The recipe.
+        on_phase: Called with the name of each step and the program after it.
+
+    Raises:
+        RecipeError: The recipe contradicts itself about a weight.
+    """
+    return PassManager(planned_phases(recipe), on_phase=on_phase).run(program, Context())
+
+
+class PlanWeights(Pass):
+    """`quantize_weights` with codes that are shapes only.
+
+    Args:
+        options: Those of the step.
+    """
+
+    requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
+    ensures: ClassVar[frozenset[Fact]] = frozenset({Fact.WEIGHTS_QUANTIZED})
+    numerics: ClassVar[Numerics] = Lossy()
+
+    def __init__(self, options: StepOptions) -> None:
+        self._policy = _policy(cast(QuantizeWeights, options))
+
+    @property
+    def name(self) -> str:
+        """That of the pass whose work it plans."""
+        return "quantize_weights"
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Replaces every weight that the recipe gives a format.
+
+        Raises:
+            RecipeError: A tied weight is given two formats.
+        """
+        del context
+        result = PassResult()
+        for weight in layer_weights(program)[0]:
+            format = self._policy.decide(weight).format
+            if format is not None:
+                shape = program.weights.spec(weight.name).shape
+                replace_weight(program, weight, _without_numbers(format, shape))
+                result.rewrites += 1
+        return result
+
+
+PLANNERS: Mapping[str, Callable[[StepOptions], Pass]] = MappingProxyType(
+    {"quantize_weights": PlanWeights}
+)
+"""For each step whose pass reads weights, a pass that makes the same program without reading."""
+
+
+def _policy(options: QuantizeWeights) -> FormatPolicy:
+    return FormatPolicy.of(
+        options.format,
+        embedding=options.embedding,
+        lm_head=options.lm_head,
+        ignore=options.ignore,
+        overrides=[{"match": item.match, "format": item.format} for item in options.overrides],
+    )
+
+
+def _decide(program: Program, policy: FormatPolicy | None, weight: LayerWeight) -> PlannedWeight:
+    parts = tuple(sorted(part.value for part in weight.parts))
+    shape = program.weights.spec(weight.name).shape
+    if policy is None:
+        return PlannedWeight(weight.name, parts, shape, None, "the recipe quantizes no weights")
+    try:
+        decision = policy.decide(weight)
+    except RecipeError as conflict:
+        return PlannedWeight(weight.name, parts, shape, None, conflict=conflict)
+    return PlannedWeight(weight.name, parts, shape, decision.format, decision.reason)
+
+
+def _without_numbers(format: Format, shape: tuple[int, ...]) -> QuantizedWeight:
+    tensors = {
+        name: torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        for name, spec in format.tensors(shape).items()
+    }
+    return QuantizedWeight(format, shape, tensors)
