@@ -11,11 +11,13 @@ import torch
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.translation import Table
-from qcompile.backends.onnx.values import Size, UnsupportedError, static_size
+from qcompile.backends.onnx.values import Size, UnsupportedError
 
 aten = torch.ops.aten
 
 CONV = Table()
+
+_INT64 = ir.DataType.INT64
 
 Extent = int | Sequence[int]
 """One number for all spatial axes, or one for each."""
@@ -230,45 +232,6 @@ def _adaptive_average_pool(b: Builder, x: ir.Value, output_size: Extent) -> ir.V
     return _adaptive_pool(b, x, output_size, "ReduceMean", _average_along)
 
 
-def _adaptive_pool(
-    b: Builder,
-    x: ir.Value,
-    output_size: Extent,
-    whole: str,
-    along: Callable[[Builder, ir.Value, int, int, int, int], ir.Value],
-) -> ir.Value:
-    """Pools each spatial axis on its own: windows are products of intervals."""
-    sizes = [output_size] if isinstance(output_size, int) else list(output_size)
-    rank = b.rank(x)
-    shape = b.shape(x)
-    made = x
-    for i, wanted in enumerate(sizes):
-        axis = rank - len(sizes) + i
-        length = static_size(shape[axis])
-        if wanted == length:
-            continue
-        if wanted == 1:
-            made = b.op(whole, made, [axis])
-        elif length is None:
-            raise UnsupportedError("adaptive pooling of an axis whose size varies")
-        else:
-            made = along(b, made, rank, axis, length, wanted)
-    return made
-
-
-def _average_along(
-    b: Builder, x: ir.Value, rank: int, axis: int, length: int, wanted: int
-) -> ir.Value:
-    windows = np.zeros((length, wanted), np.float32)
-    for j in range(wanted):
-        start, end = j * length // wanted, -(-(j + 1) * length // wanted)
-        windows[start:end, j] = 1 / (end - start)
-    order = [i for i in range(rank) if i != axis] + [axis]
-    moved = b.op("Transpose", x, perm=order)
-    pooled = b.op("MatMul", moved, b.constant(windows, b.dtype))
-    return b.op("Transpose", pooled, perm=[order.index(i) for i in range(rank)])
-
-
 @CONV.register(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default)
 def _adaptive_max_pool(b: Builder, x: ir.Value, output_size: Extent) -> list[ir.Value]:
     if any(user.args[1] == 1 for user in b.node.users):
@@ -276,19 +239,59 @@ def _adaptive_max_pool(b: Builder, x: ir.Value, output_size: Extent) -> list[ir.
     return [_adaptive_pool(b, x, output_size, "ReduceMax", _maximum_along)]
 
 
-def _maximum_along(
-    b: Builder, x: ir.Value, rank: int, axis: int, length: int, wanted: int
+def _adaptive_pool(
+    b: Builder,
+    x: ir.Value,
+    output_size: Extent,
+    whole: str,
+    along: Callable[[Builder, ir.Value, ir.Value], ir.Value],
 ) -> ir.Value:
-    del rank
-    parts = [
-        b.op(
-            "ReduceMax",
-            b.slice(x, axis, j * length // wanted, -(-(j + 1) * length // wanted)),
-            [axis],
-        )
-        for j in range(wanted)
-    ]
-    return b.op("Concat", *parts, axis=axis)
+    """Pools each spatial axis on its own: windows are products of intervals."""
+    sizes = [output_size] if isinstance(output_size, int) else list(output_size)
+    rank = b.rank(x)
+    made = x
+    for i, wanted in enumerate(sizes):
+        axis = rank - len(sizes) + i
+        length = b.axis_size(x, axis)
+        if wanted == length:
+            continue
+        if wanted == 1:
+            made = b.op(whole, made, [axis])
+            continue
+        order = [*(k for k in range(rank) if k != axis), axis]
+        moved = b.op("Transpose", made, perm=order)
+        pooled = along(b, moved, _windows(b, length, wanted))
+        made = b.op("Transpose", pooled, perm=[order.index(k) for k in range(rank)])
+    return made
+
+
+def _windows(b: Builder, length: Size, wanted: int) -> ir.Value:
+    """Which of ``length`` elements each of ``wanted`` windows has, boolean ``[length, wanted]``.
+
+    Window ``j`` goes from ``floor(j length / wanted)`` to ``ceil((j + 1) length / wanted)``.
+    """
+    size = b.tensor(length, _INT64)
+    number = b.constant(list(range(wanted)), _INT64)
+    start = b.op("Div", b.op("Mul", number, size), wanted)
+    last = b.op("Add", b.op("Mul", b.op("Add", number, 1), size), wanted - 1)
+    end = b.op("Div", last, wanted)
+    every = b.op("Range", b.constant(0, _INT64), size, b.constant(1, _INT64))
+    place = b.op("Unsqueeze", every, [1])
+    return b.op("And", b.op("GreaterOrEqual", place, start), b.op("Less", place, end))
+
+
+def _average_along(b: Builder, x: ir.Value, windows: ir.Value) -> ir.Value:
+    """Means over the windows of the last axis."""
+    members = b.cast(windows, b.dtype)
+    count = b.op("ReduceSum", members, [0], keepdims=0)
+    return b.op("Div", b.op("MatMul", x, members), count)
+
+
+def _maximum_along(b: Builder, x: ir.Value, windows: ir.Value) -> ir.Value:
+    """Largest elements of the windows of the last axis."""
+    outside = b.constant(float("-inf"), x.dtype or ir.DataType.FLOAT)
+    seen = b.op("Where", windows, b.op("Unsqueeze", x, [-1]), outside)
+    return b.op("ReduceMax", seen, [-2], keepdims=0)
 
 
 def _resize(mode: str, **attributes: str) -> Callable[..., ir.Value]:

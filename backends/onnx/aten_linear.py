@@ -108,14 +108,14 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> ir.Value:
     del dropout_p  # programs are captured in evaluation mode
+    lengths = [b.axis_size(x, b.rank(x) - 2) for x in (query, key)]
     if enable_gqa:
         key, value = (share_heads(b, x, b.shape(query)[-3]) for x in (key, value))
     allowed = additive = None
     if attn_mask is not None:
         allowed, additive = (attn_mask, None) if attn_mask.dtype == _BOOL else (None, attn_mask)
     if is_causal:
-        lengths = (b.axis_size(query, b.rank(query) - 2), b.axis_size(key, b.rank(key) - 2))
-        triangle = b.op("Expand", b.constant(True, _BOOL), list(lengths))
+        triangle = b.op("Expand", b.constant(True, _BOOL), lengths)
         causal = b.op("Trilu", triangle, upper=0)
         allowed = causal if allowed is None else b.op("And", allowed, causal)
     size = int(b.shape(query)[-1])

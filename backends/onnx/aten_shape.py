@@ -348,6 +348,17 @@ def _pixel_shuffle(b: Builder, x: ir.Value, factor: int) -> ir.Value:
     return b.op("DepthToSpace", x, blocksize=factor, mode="CRD")
 
 
+@SHAPE.register(aten.pixel_unshuffle.default)
+def _pixel_unshuffle(b: Builder, x: ir.Value, factor: int) -> ir.Value:
+    rank = b.rank(x)
+    if rank != 4:
+        raise UnsupportedError("pixel_unshuffle of a tensor that is not [N, C, H, W]")
+    height, width = b.sizes(b.result.shape[-2:])
+    channels = b.sizes(b.shape(x)[:-2])
+    blocks = b.op("Reshape", x, [*channels, height, factor, width, factor])
+    return b.reshape(transpose(b, blocks, [0, 1, 3, 5, 2, 4]), b.result.shape)
+
+
 @SHAPE.register(aten.diagonal.default)
 def _diagonal(b: Builder, x: ir.Value, offset: int = 0, dim1: int = 0, dim2: int = 1) -> ir.Value:
     i, j = b.axis(x, dim1), b.axis(x, dim2)

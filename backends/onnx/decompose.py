@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.translation import Emitted, Translation
@@ -71,13 +73,43 @@ def _emit(
     args, kwargs = arguments
     if node.target is operator.getitem:
         return args[0][args[1]]
-    translation = translations.get(node.target)
+    target, written = _functional(node)
+    translation = translations.get(target)
     if translation is None:
         raise UnsupportedError(f"no translation, nor for {node.target}, which is part of it")
     b.node = node
     made = translation(b, *args, **kwargs)
     _remember(b, made, expected)
+    if written is not None:
+        env[written] = made
     return made
+
+
+def _functional(node: fx.Node) -> tuple[Any, fx.Node | None]:
+    """What a call computes, and the value that it writes the result into, if it does that.
+
+    Later uses of that value mean the result. That holds for a tensor of its own, not for a view
+    of another.
+    """
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return target, None
+    written, name = node.args[0], target._schema.name.split("::")[1]
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    if not name.endswith("_") or not _is_own(written) or packet is None:
+        raise UnsupportedError(
+            f"no translation, and {target}, which is part of it, writes in place"
+        )
+    assert isinstance(written, fx.Node)
+    return getattr(packet, target._overloadname), written
+
+
+def _is_own(value: Any) -> bool:
+    """Whether a value is a tensor that its call made, not one that others see too."""
+    target = value.target if isinstance(value, fx.Node) else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return all(returned.alias_info is None for returned in target._schema.returns)
 
 
 def _remember(b: Builder, made: Any, expected: Any) -> None:
@@ -108,7 +140,7 @@ def _trace(node: fx.Node) -> fx.Graph:
     if mode is None:
         raise UnsupportedError("no translation")
     try:
-        with mode, torch.no_grad():
+        with mode, _unchanged(mode.shape_env), torch.no_grad():
             body = make_fx(call, _decompositions(), tracing_mode="real")(*operands)
     except _UNTRACEABLE as error:
         raise UnsupportedError(
@@ -118,6 +150,11 @@ def _trace(node: fx.Node) -> fx.Graph:
     if [n.target for n in inner] == [node.target]:
         raise UnsupportedError("no translation")
     return body.graph
+
+
+def _unchanged(shape_env: ShapeEnv | None) -> AbstractContextManager[Any]:
+    """Sizes that vary must not be fixed to those of the trace: that raises in here."""
+    return nullcontext() if shape_env is None else shape_env.error_on_new_guards()
 
 
 @functools.cache

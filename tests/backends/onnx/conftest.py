@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qcompile.backends.onnx.emitter import OnnxEmitter
+from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import to_bytes
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir.program import Program
@@ -66,8 +66,11 @@ class Harness:
     def capture(self, function: Callable[..., Any], *inputs: Tensor) -> Program:
         return canonicalize(capture_module(self.module(function, inputs), inputs))
 
+    def emit(self, program: Program, **options: Any) -> OnnxGraph:
+        return OnnxEmitter(**options).emit(program)
+
     def session(self, program: Program, **options: Any) -> onnxruntime.InferenceSession:
-        graph = OnnxEmitter(**options).emit(program)
+        graph = self.emit(program, **options)
         settings = onnxruntime.SessionOptions()
         settings.intra_op_num_threads = 1
         settings.log_severity_level = 3
