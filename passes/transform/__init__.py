@@ -1,0 +1,1 @@
+"""Equivalent transforms: values for sites, and their way into the weights."""
