@@ -192,7 +192,8 @@ def _unpack(
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    split: Tensor = x.unflatten(-1, (heads, -1))
+    return split.transpose(1, 2)
 
 
 linear = dialect.define(cpu_linear, shape=_linear_shape, differentiable=False)

@@ -76,6 +76,8 @@ def _refuse_foreign_caches(program: Program) -> None:
 
 @dataclass(frozen=True)
 class _Rotation:
+    query: fx.Node  # before it
+    key: fx.Node  # before it
     cos: fx.Node
     sin: fx.Node
     interleaved: bool
@@ -94,7 +96,7 @@ def _fuse(editor: Editor, node: fx.Node, attention_mask: fx.Node | None) -> None
     rotation = _common_rotation(query, new_key)
     with editor.before(node):
         if rotation is not None:
-            query, new_key = query.args[0], new_key.args[0]  # type: ignore[assignment]
+            query, new_key = rotation.query, rotation.key
         flat = [_side_by_side(editor, x) for x in (query, new_key, new_value)]
         cos, sin = (rotation.cos, rotation.sin) if rotation else (None, None)
         if past_key is not None and key_mask is None:
@@ -133,10 +135,13 @@ def _common_rotation(query: fx.Node, key: fx.Node) -> _Rotation | None:
     same = all(_same_value(a, b) for a, b in zip(query.args[1:], key.args[1:], strict=True))
     if not same or len(key.users) != 1 or len(query.users) != 1:
         return None
-    _, cos, sin, interleaved = query.args
+    source, cos, sin, interleaved = query.args
+    key_source = key.args[0]
+    assert isinstance(source, fx.Node)
+    assert isinstance(key_source, fx.Node)
     assert isinstance(cos, fx.Node)
     assert isinstance(sin, fx.Node)
-    return _Rotation(cos, sin, bool(interleaved))
+    return _Rotation(source, key_source, cos, sin, bool(interleaved))
 
 
 def _same_value(a: Any, b: Any) -> bool:

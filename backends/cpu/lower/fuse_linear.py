@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.cpu import ops
+from qcompile.backends.cpu.packable import scale_dtype_index, unpackable_reason
 from qcompile.errors import TargetError
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import TensorSpec
-from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES, pack_linear, packed_size
+from qcompile.kernels.cpu.layout import SCALE_DTYPES, ScaleDtype, pack_linear, packed_size
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class FuseLinear(Pass):
         editor = Editor(program)
         for node in program.calls(aten.linear.default, aten.embedding.default):
             weight = node.args[1] if node.target is aten.linear.default else node.args[0]
-            if not is_stored_weight(weight):
+            if not isinstance(weight, fx.Node) or not is_stored_weight(weight):
                 continue
             with editor.before(node):
                 packed, layout = _packed(editor, weight)
@@ -57,11 +58,10 @@ class FuseLinear(Pass):
         return result
 
 
-def is_stored_weight(node: Any) -> bool:
+def is_stored_weight(node: fx.Node) -> bool:
     """Whether a node decodes stored integer codes."""
     return (
-        isinstance(node, fx.Node)
-        and node.target is dialect.dequantize
+        node.target is dialect.dequantize
         and isinstance(node.args[0], fx.Node)
         and node.args[0].op == "get_attr"
     )
@@ -78,44 +78,50 @@ def _packed(editor: Editor, weight: fx.Node) -> tuple[fx.Node, Layout]:
     assert isinstance(bits, int)
     assert isinstance(group_size, int)
     name = str(codes.target)
+    _refuse_unpackable(name, bits, group_size, scale.meta["val"].dtype)
     n, k = codes.meta["val"].shape
-    dtype = str(scale.meta["val"].dtype).removeprefix("torch.")
-    if bits not in PACKABLE_BITS or dtype not in SCALE_DTYPES:
-        raise TargetError(
-            f"weight '{name}' has {bits}-bit codes with {dtype} scales, which the cpu kernels "
-            "do not read",
-            remedy=f"choose {' or '.join(f'int{b}' for b in PACKABLE_BITS)} in the recipe",
-        )
+    has_zero_point = isinstance(zero_point, fx.Node)
+    scale_dtype = scale_dtype_index(scale.meta["val"].dtype)
+    layout = (n, k, bits, group_size, has_zero_point, scale_dtype)
     packed_name = f"{name}.packed"
     if packed_name not in editor.program.weights:
-        operands = (name, str(scale.target))
-        if isinstance(zero_point, fx.Node):
-            operands += (str(zero_point.target),)
-        size = packed_size(
-            n,
-            k,
-            bits=bits,
-            group_size=group_size,
-            has_zero_point=zero_point is not None,
-            scale_dtype=dtype,  # type: ignore[arg-type]
+        operands = [str(n.target) for n in (codes, scale, zero_point) if isinstance(n, fx.Node)]
+        _define_packed(editor.program, packed_name, tuple(operands), layout)
+    return editor.weight(packed_name), layout
+
+
+def _refuse_unpackable(name: str, bits: int, group_size: int, scale_dtype: torch.dtype) -> None:
+    reason = unpackable_reason(bits, group_size, scale_dtype)
+    if reason is not None:
+        raise TargetError(
+            f"weight '{name.removesuffix('.codes')}': {reason}",
+            remedy="choose another format for it in the recipe, such as int4-g32 or int8",
         )
 
-        def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-            return torch.from_numpy(
-                pack_linear(
-                    codes.numpy(),
-                    scale.float().numpy(),
-                    None if zero_point is None else zero_point.numpy(),
-                    bits=bits,
-                    group_size=group_size,
-                    scale_dtype=dtype,  # type: ignore[arg-type]
-                )
-            )
 
-        spec = TensorSpec((size,), torch.uint8)
-        editor.program.weights.derive(packed_name, operands, pack, spec, exact=True, label="pack")
-    layout = (n, k, bits, group_size, zero_point is not None, SCALE_DTYPES.index(dtype))  # type: ignore[arg-type]
-    return editor.weight(packed_name), layout
+def _define_packed(
+    program: Program, packed_name: str, operands: tuple[str, ...], layout: Layout
+) -> None:
+    n, k, bits, group_size, has_zero_point, scale_dtype = layout
+    kind: ScaleDtype = SCALE_DTYPES[scale_dtype]
+
+    def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        return torch.from_numpy(
+            pack_linear(
+                codes.numpy(),
+                scale.float().numpy(),
+                None if zero_point is None else zero_point.numpy(),
+                bits=bits,
+                group_size=group_size,
+                scale_dtype=kind,
+            )
+        )
+
+    size = packed_size(
+        n, k, bits=bits, group_size=group_size, has_zero_point=has_zero_point, scale_dtype=kind
+    )
+    spec = TensorSpec((size,), torch.uint8)
+    program.weights.derive(packed_name, operands, pack, spec, exact=True, label="pack")
 
 
 def _linear(editor: Editor, node: fx.Node, packed: fx.Node, layout: Layout) -> fx.Node:

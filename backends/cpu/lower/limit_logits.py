@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch._dynamo.source import ConstantSource
@@ -75,7 +76,7 @@ def _head(program: Program) -> torch.fx.Node | None:
 def _vector_of_any_length(program: Program) -> torch.Tensor:
     """A fake int64 vector whose length is a symbol of its own."""
     mode = program.fake_mode
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     example = torch.empty(_EXAMPLE_LENGTH, dtype=torch.int64, device="meta")
     return mode.from_tensor(
         example, symbolic_context=context, source=ConstantSource(Role.LOGIT_POSITIONS.value)

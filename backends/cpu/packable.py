@@ -1,0 +1,38 @@
+"""Which integer codes the kernels read."""
+
+from __future__ import annotations
+
+import torch
+
+from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES
+
+
+def unpackable_reason(bits: int, group_size: int, scale_dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot read a weight of this kind, one clause; None if they can.
+
+    Args:
+        bits: Of a code.
+        group_size: Weights per scale; 0 is one group per row.
+        scale_dtype: Of the stored scales.
+    """
+    if bits not in PACKABLE_BITS:
+        widths = " and ".join(str(width) for width in PACKABLE_BITS)
+        return f"the cpu kernels read codes of {widths} bits, not of {bits}"
+    if _name(scale_dtype) not in SCALE_DTYPES:
+        return f"the cpu kernels read scales of {', '.join(SCALE_DTYPES)}"
+    if group_size % _GROUP_UNIT:
+        return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}, not of {group_size}"
+    return None
+
+
+def scale_dtype_index(dtype: torch.dtype) -> int:
+    """The kernels' attribute `scale_dtype` for scales of a dtype."""
+    names: tuple[str, ...] = SCALE_DTYPES
+    return names.index(_name(dtype))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_GROUP_UNIT = 16
