@@ -2,7 +2,8 @@
 
 The manager checks that every pass will find the facts that it requires before anything runs. Then,
 pass by pass: it edits a copy, verifies it, has the equivalence checked where a checker is given,
-records what happened, and goes back to the program before if the pass broke it.
+records what happened, and goes back to the program before if the pass broke it. Once per phase, the
+programs before and after the phase are compared as a whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from qcompile.errors import EquivalenceError, QCompileError
@@ -77,19 +79,6 @@ class PassResult:
         return self.rewrites > 0
 
 
-@dataclass
-class Context:
-    """What the passes of one compilation share.
-
-    Attributes:
-        progress: Told of stages and steps.
-        seed: For everything random.
-    """
-
-    progress: Progress = field(default_factory=NullProgress)
-    seed: int = 0
-
-
 class Pass(ABC):
     """A rewrite of a whole program.
 
@@ -142,11 +131,6 @@ class PassRecord:
     nodes: int
 
 
-Checker = Callable[[Program, Program, Pass], float | None]
-"""Compares the programs before and after a pass: the largest relative difference, or None if it
-has nothing to check. Raises `EquivalenceError` if the pass broke its promise."""
-
-
 @dataclass(frozen=True)
 class Phase:
     """A named run of passes; equivalence in lockstep is checked once at its end."""
@@ -155,12 +139,83 @@ class Phase:
     passes: tuple[Pass, ...]
 
 
+@dataclass(frozen=True)
+class PhaseCheck:
+    """What comparing the programs before and after a phase found.
+
+    Attributes:
+        error: The largest relative difference; None if there was nothing to compare.
+        peak_weight_bytes: The most bytes of weights that the comparison held at a time.
+        skipped: Why there was nothing to compare, one clause; empty if there was.
+    """
+
+    error: float | None
+    peak_weight_bytes: int
+    skipped: str = ""
+
+
+Checker = Callable[[Program, Program, Pass], float | None]
+"""Compares the programs before and after a pass: the largest relative difference, or None if it
+has nothing to check. Raises `EquivalenceError` if the pass broke its promise."""
+
+PhaseChecker = Callable[[Program, Program, Phase], PhaseCheck]
+"""Compares the programs before and after a phase. Raises `EquivalenceError` if they differ."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How equivalence is checked; None checks structure only.
+
+    Attributes:
+        each_pass: Called after every pass that changed something.
+        each_phase: Called after every phase that changed something.
+    """
+
+    each_pass: Checker | None = None
+    each_phase: PhaseChecker | None = None
+
+
+@dataclass
+class PhaseRecord:
+    """What happened in a phase.
+
+    Attributes:
+        name: The phase.
+        passes: Its passes, in order.
+        check_seconds: Time spent comparing the programs before and after it, as a whole.
+        check: What that found, or None if it was not asked for.
+    """
+
+    name: str
+    passes: list[PassRecord] = field(default_factory=list)
+    check_seconds: float = 0.0
+    check: PhaseCheck | None = None
+
+
+@dataclass
+class Context:
+    """What the passes of one compilation share.
+
+    Attributes:
+        progress: Told of stages and steps.
+        seed: For everything random.
+        checks: How equivalence is checked, unless a manager is told otherwise.
+        phases: The phases that have run, in order; managers add to it.
+    """
+
+    progress: Progress = field(default_factory=NullProgress)
+    seed: int = 0
+    checks: Checks = field(default_factory=Checks)
+    phases: list[PhaseRecord] = field(default_factory=list)
+
+
 class PassManager:
     """Runs phases of passes over a program.
 
     Args:
         phases: In order; or a plain sequence of passes, which makes one phase.
-        checker: Compares before and after; None checks structure only.
+        checker: Compares before and after each pass; by default what the context says.
+        phase_checker: Compares before and after each phase; by default what the context says.
         on_phase: Called with each phase's name and the program after it, for dumps.
     """
 
@@ -169,12 +224,13 @@ class PassManager:
         phases: Sequence[Phase] | Sequence[Pass],
         *,
         checker: Checker | None = None,
+        phase_checker: PhaseChecker | None = None,
         on_phase: Callable[[str, Program], None] | None = None,
     ) -> None:
         self.phases = [
             item if isinstance(item, Phase) else Phase(item.name, (item,)) for item in phases
         ]
-        self._checker = checker
+        self._given = Checks(checker, phase_checker)
         self._on_phase = on_phase
 
     def insert_before(self, name: str, *new: Pass) -> None:
@@ -225,12 +281,28 @@ class PassManager:
         self.check_facts(program.facts)
         records = []
         for phase in self.phases:
-            for item in phase.passes:
-                program, record = self._run_one(phase, item, program, context)
-                records.append(record)
+            program, record = self._run_phase(phase, program, context)
+            context.phases.append(record)
+            records += record.passes
             if self._on_phase is not None:
                 self._on_phase(phase.name, program)
         return program, records
+
+    def _run_phase(
+        self, phase: Phase, program: Program, context: Context
+    ) -> tuple[Program, PhaseRecord]:
+        record = PhaseRecord(phase.name)
+        programs = [program]
+        for item in phase.passes:
+            program, done = self._run_one(phase, item, program, context)
+            record.passes.append(done)
+            programs.append(program)
+        check = self._given.each_phase or context.checks.each_phase
+        if check is not None and any(done.result.modified for done in record.passes):
+            started = time.perf_counter()
+            record.check = _check_phase(check, phase, programs)
+            record.check_seconds = time.perf_counter() - started
+        return program, record
 
     def _run_one(
         self, phase: Phase, item: Pass, before: Program, context: Context
@@ -241,7 +313,8 @@ class PassManager:
         after.tidy()
         after.facts = (after.facts - item.invalidates) | item.ensures
         finished = time.perf_counter()
-        error = self._check(item, before, after) if result.modified else None
+        checker = self._given.each_pass or context.checks.each_pass
+        error = _check(checker, item, before, after) if result.modified else None
         checked = time.perf_counter()
         record = PassRecord(
             item.name,
@@ -253,15 +326,6 @@ class PassManager:
             len(after.graph.nodes),
         )
         return after, record
-
-    def _check(self, item: Pass, before: Program, after: Program) -> float | None:
-        try:
-            after.verify()
-            return self._checker(before, after, item) if self._checker else None
-        except MalformedProgramError as error:
-            raise MalformedProgramError(f"pass '{item.name}': {error.message}") from error
-        except EquivalenceError as error:
-            raise EquivalenceError(f"pass '{item.name}': {error.message}") from error
 
     def _insert(self, name: str, new: tuple[Pass, ...], offset: int) -> None:
         places = [
@@ -277,6 +341,41 @@ class PassManager:
         phase = self.phases[i]
         passes = (*phase.passes[: j + offset], *new, *phase.passes[j + offset :])
         self.phases[i] = Phase(phase.name, passes)
+
+
+def _check(checker: Checker | None, item: Pass, before: Program, after: Program) -> float | None:
+    try:
+        after.verify()
+        return checker(before, after, item) if checker is not None else None
+    except MalformedProgramError as error:
+        raise MalformedProgramError(f"pass '{item.name}': {error.message}") from error
+    except EquivalenceError as error:
+        raise EquivalenceError(f"pass '{item.name}': {error.message}") from error
+
+
+def _check_phase(check: PhaseChecker, phase: Phase, programs: Sequence[Program]) -> PhaseCheck:
+    """Compares the first and the last of the programs that the passes of a phase made.
+
+    Raises:
+        EquivalenceError: Names the pass: the first whose own step does not hold.
+    """
+    try:
+        return check(programs[0], programs[-1], phase)
+    except EquivalenceError as error:
+        for item, step in zip(phase.passes, pairwise(programs), strict=True):
+            _check_step(check, phase, item, *step)
+        raise EquivalenceError(f"phase '{phase.name}': {error.message}") from error
+
+
+def _check_step(
+    check: PhaseChecker, phase: Phase, item: Pass, before: Program, after: Program
+) -> None:
+    try:
+        check(before, after, Phase(phase.name, (item,)))
+    except EquivalenceError as error:
+        raise EquivalenceError(
+            f"pass '{item.name}' (phase '{phase.name}'): {error.message}"
+        ) from error
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> Program:

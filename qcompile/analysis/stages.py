@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -241,7 +242,7 @@ def _repetition(kinds: Sequence[_Kind]) -> tuple[list[int], int]:
         return [], len(kinds)
     leader = next(kind for kind in kinds if counts[kind] == most)
     starts = [i for i, kind in enumerate(kinds) if kind == leader]
-    earlier = {tuple(kinds[a:b]) for a, b in zip(starts, starts[1:], strict=False)}
+    earlier = {tuple(kinds[a:b]) for a, b in pairwise(starts)}
     tail = tuple(kinds[starts[-1] :])
     lengths = [len(block) for block in earlier if tail[: len(block)] == block]
     return starts, starts[-1] + max(lengths, default=len(tail))
@@ -274,43 +275,44 @@ def _place(flow: Flow, cuts: _Cuts) -> dict[fx.Node, int]:
 
 
 def _build(flow: Flow, cuts: _Cuts, place: Mapping[fx.Node, int]) -> list[Stage]:
-    results = flow.program.results
-    members: list[list[fx.Node]] = [[] for _ in range(len(cuts.ends) + 1)]
+    parts: list[list[fx.Node]] = [[] for _ in range(len(cuts.ends) + 1)]
     for node, number in place.items():
-        members[number].append(node)
+        parts[number].append(node)
     # A result that is a weight, or nothing but literals, has no other place.
-    members[-1] += [node for node in results if node in flow.constant]
+    parts[-1] += [node for node in flow.program.results if node in flow.constant]
     boundaries = [None, *(cuts.spine[end] for end in cuts.ends[:-1]), None]
-    blocks = [None, *cuts.blocks]
+    blocks = [None, *cuts.blocks, None]
     found: list[Stage] = []
-    for number, nodes in enumerate(members):
-        if not nodes:
-            continue
-        whole = _with_constants(nodes, flow.constant)
-        inside = set(whole)
-        inputs = {n for node in whole for n in node.all_input_nodes if n not in inside}
-        returned = set(results)
-        outputs = [
-            node
-            for node in whole
-            if node in returned
-            or (
-                node not in flow.constant and any(place.get(u, number) > number for u in node.users)
-            )
-        ]
-        weights = dict.fromkeys(str(node.target) for node in whole if node.op == "get_attr")
-        found.append(
-            Stage(
-                len(found),
-                blocks[number] if number < len(blocks) else None,
-                tuple(whole),
-                tuple(sorted(inputs)),
-                tuple(outputs),
-                boundaries[number] if number < len(boundaries) else None,
-                tuple(weights),
-            )
-        )
+    for number, part in enumerate(parts):
+        if part:
+            nodes = _with_constants(part, flow.constant)
+            outputs = [node for node in nodes if _leaves(flow, place, node, number)]
+            found.append(_stage(len(found), blocks[number], nodes, outputs, boundaries[number]))
     return found
+
+
+def _stage(
+    index: int,
+    block: int | None,
+    nodes: list[fx.Node],
+    outputs: list[fx.Node],
+    boundary: fx.Node | None,
+) -> Stage:
+    inside = set(nodes)
+    inputs = {n for node in nodes for n in node.all_input_nodes if n not in inside}
+    weights = dict.fromkeys(str(node.target) for node in nodes if node.op == "get_attr")
+    return Stage(
+        index, block, tuple(nodes), tuple(sorted(inputs)), tuple(outputs), boundary, tuple(weights)
+    )
+
+
+def _leaves(flow: Flow, place: Mapping[fx.Node, int], node: fx.Node, number: int) -> bool:
+    """Whether the program returns a value of part `number`, or a later part reads it."""
+    if any(user.op == "output" for user in node.users):
+        return True
+    return node not in flow.constant and any(
+        place.get(user, number) > number for user in node.users
+    )
 
 
 def _with_constants(nodes: Iterable[fx.Node], constant: set[fx.Node]) -> list[fx.Node]:

@@ -1,0 +1,28 @@
+"""Checked equivalence: what a pass promises about results is measured, in float64.
+
+After each pass, `LocalChecker` proves the places that it changed. After each phase, `lockstep` runs
+the program before the phase and the one after it side by side.
+"""
+
+from __future__ import annotations
+
+from qcompile.passes.equivalence.checkers import (
+    CHECK_LEVELS,
+    LocalChecker,
+    LockstepChecker,
+    checks_for,
+)
+from qcompile.passes.equivalence.local import LocalProof, prove_locally
+from qcompile.passes.equivalence.lockstep import Agreement, Through, lockstep
+
+__all__ = [
+    "CHECK_LEVELS",
+    "Agreement",
+    "LocalChecker",
+    "LocalProof",
+    "LockstepChecker",
+    "Through",
+    "checks_for",
+    "lockstep",
+    "prove_locally",
+]

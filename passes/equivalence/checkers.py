@@ -1,0 +1,95 @@
+"""What the pass manager calls: a check after each pass, and one after each phase."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qcompile.ir.program import Program
+from qcompile.passes.equivalence.local import prove_locally
+from qcompile.passes.equivalence.lockstep import TOLERANCE, lockstep
+from qcompile.passes.infra import Checks, Equivalent, Lossy, Pass, Phase, PhaseCheck
+
+CheckLevel = Literal["full", "local", "off"]
+"""How much is checked: every pass and every phase, every pass only, or structure only."""
+
+CHECK_LEVELS: tuple[CheckLevel, ...] = ("full", "local", "off")
+
+
+def checks_for(level: CheckLevel, seed: int = 0) -> Checks:
+    """The checks of a level.
+
+    Args:
+        level: How much to check.
+        seed: For the random inputs.
+    """
+    if level == "off":
+        return Checks()
+    local = LocalChecker(seed)
+    return Checks(local, LockstepChecker(seed) if level == "full" else None)
+
+
+class LocalChecker:
+    """Checks a pass where it changed the program.
+
+    What cannot be shown region by region is decided by running both programs in lockstep: a pass
+    is blamed only for what the program returns.
+
+    Args:
+        seed: For the random inputs.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def __call__(self, before: Program, after: Program, item: Pass) -> float | None:
+        """The largest relative difference found; None for passes that change the function.
+
+        Raises:
+            EquivalenceError: If the pass broke its promise; names the first node that differs.
+        """
+        tolerance = _tolerance(item)
+        if tolerance is None:
+            return None
+        proof = prove_locally(before, after, tolerance=tolerance, seed=self._seed)
+        if proof.unproved is None:
+            return proof.error
+        agreement = lockstep(before, after, tolerance=tolerance, seed=self._seed)
+        return agreement.error if agreement is not None else None
+
+
+class LockstepChecker:
+    """Checks a phase as a whole.
+
+    Args:
+        seed: For the random inputs.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def __call__(self, before: Program, after: Program, phase: Phase) -> PhaseCheck:
+        """How far apart the programs before and after a phase are.
+
+        Raises:
+            EquivalenceError: If a pass of the phase broke its promise; names the first node that
+                differs.
+        """
+        tolerances = [_tolerance(item) for item in phase.passes]
+        known = [tolerance for tolerance in tolerances if tolerance is not None]
+        if len(known) < len(tolerances):
+            return PhaseCheck(None, 0, "it rounds on purpose")
+        tolerance = max([TOLERANCE, *known])
+        agreement = lockstep(before, after, tolerance=tolerance, seed=self._seed)
+        if agreement is None:
+            return PhaseCheck(None, 0, "the program before it does not run in float64")
+        return PhaseCheck(agreement.error, agreement.peak_weight_bytes)
+
+
+def _tolerance(item: Pass) -> float | None:
+    match item.numerics:
+        case Lossy():
+            return None
+        case Equivalent(tolerance=tolerance):
+            return tolerance
+        case _:
+            return 0.0

@@ -1,0 +1,138 @@
+"""Running nodes in float64, with weights that are materialized once, shared and freed."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Hashable, Iterable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.errors import EquivalenceError
+from qcompile.ir.interpreter import Interpreter
+from qcompile.ir.program import Program
+from qcompile.ir.text import format_target
+from qcompile.ir.weights import Apply, Expression, Source
+
+DTYPE = torch.float64
+
+
+class Weights:
+    """Weights in float64, unrounded, held until released and shared where they are the same.
+
+    Attributes:
+        live_bytes: What is held now.
+        peak_bytes: The most that was held at a time.
+    """
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+        self._held: dict[Hashable, Any] = {}
+
+    def read(self, program: Program, name: str) -> Tensor:
+        """An entry of a program's weight store."""
+        key = weight_key(program, name)
+        if key not in self._held:
+            self.hold(key, program.weights.materialize(name, DTYPE))
+        value: Tensor = self._held[key]
+        return value
+
+    def hold(self, key: Hashable, value: Any) -> None:
+        """Holds a value that was computed from weights."""
+        self._held[key] = value
+        self.live_bytes += _bytes(value)
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def get(self, key: Hashable) -> Any:
+        """A value that is held, or None."""
+        return self._held.get(key)
+
+    def release(self, keep: Container[Hashable] = ()) -> None:
+        """Lets go of everything but what has the given keys."""
+        self._held = {key: value for key, value in self._held.items() if key in keep}
+        self.live_bytes = sum(map(_bytes, self._held.values()))
+
+
+def weight_key(program: Program, name: str) -> Hashable:
+    """Equal for entries that hold the same numbers by construction, whatever their names."""
+    return _expression_key(program.weights.expression(name)), program.weights.spec(name)
+
+
+def _expression_key(expression: Expression) -> Hashable:
+    match expression:
+        case Source(checkpoint=checkpoint, name=name):
+            return (id(checkpoint), name)
+        case Apply(function=function, operands=operands):
+            return (id(function), *map(_expression_key, operands))
+    return id(expression)
+
+
+def _bytes(value: Any) -> int:
+    return value.element_size() * value.nelement() if isinstance(value, Tensor) else 0
+
+
+class CannotRunError(EquivalenceError):
+    """A node of a program does not run."""
+
+
+class Evaluator:
+    """Computes values of a program's nodes on demand.
+
+    Args:
+        program: The program.
+        constant: Its nodes that depend on weights alone.
+        weights: Where weights are held.
+    """
+
+    def __init__(self, program: Program, constant: set[fx.Node], weights: Weights) -> None:
+        self.program = program
+        self._constant = constant
+        self._weights = weights
+        self._interpreter = _SharingInterpreter(program, weights)
+
+    @torch.no_grad()
+    def run(self, nodes: Iterable[fx.Node], env: MutableMapping[fx.Node, Any]) -> None:
+        """Adds the values of nodes, given in an order in which they can run, to `env`.
+
+        What depends on weights alone is held with the weights.
+
+        Raises:
+            CannotRunError: Names the node.
+        """
+        self._interpreter.env = env  # type: ignore[assignment]
+        for node in nodes:
+            if node in env:
+                continue
+            if node.op == "get_attr" or node not in self._constant:
+                env[node] = self._value(node)
+                continue
+            key = (id(self.program), node)
+            if self._weights.get(key) is None:
+                self._weights.hold(key, self._value(node))
+            env[node] = self._weights.get(key)
+
+    def _value(self, node: fx.Node) -> Any:
+        try:
+            return self._interpreter.run_node(node)
+        except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CannotRunError(
+                f"node '{node.name}' ({format_target(node.target)}) cannot run: {reason[0]}"
+            ) from error
+
+
+class _SharingInterpreter(Interpreter):
+    def __init__(self, program: Program, weights: Weights) -> None:
+        super().__init__(program, dtype=DTYPE)
+        self._shared = weights
+
+    def run_node(self, n: fx.Node) -> Any:
+        # Operators that make numbers (from codes, for instance) make float32.
+        value = super().run_node(n)
+        is_single = isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(DTYPE) if is_single else value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Tensor:
+        del args, kwargs
+        return self._shared.read(self.program, str(target))
