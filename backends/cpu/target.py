@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
 from qcompile.backends.cpu.lower import lower_phase
 from qcompile.backends.cpu.translations import TRANSLATIONS
@@ -101,7 +100,8 @@ def _signature(graph: OnnxGraph, program: Program) -> Signature:
 
 def _value_info(value: object, port: Port) -> ValueInfo:
     dtype, shape = getattr(value, "dtype"), getattr(value, "shape")  # noqa: B009
-    assert dtype is not None and shape is not None
+    assert dtype is not None
+    assert shape is not None
     return ValueInfo(
         name=port.name,
         dtype=dtype.numpy().name,
