@@ -161,7 +161,7 @@ class Chain:
             initializers += weights
             index, total = index + 1, total + self.weight_bytes
         self.layers = index
-        shape = ["rows", setting.k]
+        shape: list[str | int | None] = ["rows", setting.k]
         graph = helper.make_graph(
             nodes,
             "chain",
