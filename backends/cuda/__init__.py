@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: the fx program with Triton kernels."""

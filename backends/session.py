@@ -1,0 +1,104 @@
+"""Checks of what a caller passes to a loaded model; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.errors import RecipeError
+from qcompile.manifest import Manifest, Role, Signature, ValueInfo
+
+
+def check_inputs(
+    inputs: Mapping[str, npt.ArrayLike], signature: Signature
+) -> dict[str, npt.NDArray[Any]]:
+    """Arrays for every input of a signature, in its order and of its types.
+
+    Raises:
+        RecipeError: If an input is missing, unknown, or of the wrong type or shape.
+    """
+    declared = {value.name: value for value in signature.inputs}
+    if inputs.keys() != declared.keys():
+        name = sorted(inputs.keys() ^ declared.keys())[0]
+        problem = "is missing" if name in declared else "is not one of the model's"
+        raise RecipeError(
+            f"the input {name!r} {problem}", remedy=f"pass exactly: {', '.join(declared)}"
+        )
+    return {name: _as_declared(inputs[name], value) for name, value in declared.items()}
+
+
+def check_token_ids(input_ids: npt.ArrayLike, manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Token ids ``[batch, sequence]`` that a model knows.
+
+    Raises:
+        RecipeError: If they are of another shape or type, unknown, or too many.
+    """
+    ids = np.asarray(input_ids)
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
+        raise RecipeError(
+            f"input_ids is {ids.dtype} {list(ids.shape)}",
+            remedy="pass integers [batch, sequence], at least one",
+        )
+    known = vocabulary_size(manifest.signature)
+    limit = known if manifest.task == "causal_lm" else int(ids.max()) + 1
+    if ids.min() < 0 or ids.max() >= limit:
+        culprit = int(ids.min() if ids.min() < 0 else ids.max())
+        raise RecipeError(
+            f"input_ids holds the token id {culprit}; the model knows 0 to {limit - 1}",
+            remedy="use the tokenizer of this model",
+        )
+    longest = manifest.generation.max_context
+    if longest is not None and ids.shape[1] > longest:
+        raise RecipeError(
+            f"input_ids has {ids.shape[1]} tokens a row; the model was made for {longest}",
+            remedy="pass shorter rows",
+        )
+    return ids.astype(np.int64, copy=False)
+
+
+def check_like_ids(
+    ids: npt.NDArray[np.int64], role: Role, given: npt.ArrayLike | None, signature: Signature
+) -> npt.NDArray[np.int64] | None:
+    """An optional input of the shape of the token ids.
+
+    Raises:
+        RecipeError: If it has another shape or type, or the model has no use for it.
+    """
+    if given is None:
+        return None
+    array = np.asarray(given)
+    if array.shape != ids.shape or array.dtype.kind not in "iub":
+        raise RecipeError(
+            f"{role} is {array.dtype} {list(array.shape)}",
+            remedy=f"pass integers of the shape of input_ids, {list(ids.shape)}",
+        )
+    needed = not array.all() if role == "attention_mask" else True
+    if needed and signature.input(role) is None:
+        raise RecipeError(f"this model takes no {role}", remedy="leave it out")
+    return array.astype(np.int64, copy=False)
+
+
+def vocabulary_size(signature: Signature) -> int:
+    """Number of tokens that the logits are over; 0 without logits."""
+    logits = signature.output("logits")
+    size = logits.shape[-1] if logits is not None else 0
+    return size if isinstance(size, int) else 0
+
+
+def _as_declared(given: npt.ArrayLike, value: ValueInfo) -> npt.NDArray[Any]:
+    array = np.asarray(given)
+    # Widening and, for convenience, Python's own floats and ints; never float to int.
+    fits_type = np.can_cast(array.dtype, value.dtype, casting="same_kind")
+    fits_shape = len(array.shape) == len(value.shape) and all(
+        isinstance(said, str) or size == said
+        for size, said in zip(array.shape, value.shape, strict=True)
+    )
+    if not (fits_type and fits_shape):
+        raise RecipeError(
+            f"the input {value.name!r} is {array.dtype} {list(array.shape)}",
+            remedy=f"pass {value.dtype} {list(value.shape)}",
+        )
+    return np.ascontiguousarray(array, dtype=value.dtype)
