@@ -55,18 +55,23 @@ class Diagonal(Transform):
 
     @property
     def size(self) -> int:
+        """The order n."""
         return len(self.scale)
 
     def matrix(self) -> Tensor:
+        """The scales on the diagonal."""
         return torch.diag(self.scale)
 
     def inverse(self) -> Diagonal:
+        """The reciprocal scales."""
         return Diagonal(1 / self.scale)
 
     def dual(self) -> Diagonal:
+        """The reciprocal scales."""
         return self.inverse()
 
     def apply(self, x: Tensor, axis: int = -1) -> Tensor:
+        """Scales an axis."""
         return (x.movedim(axis, -1) * self.scale.to(x.dtype)).movedim(-1, axis)
 
 
@@ -82,18 +87,23 @@ class Permutation(Transform):
 
     @property
     def size(self) -> int:
+        """The order n."""
         return len(self.index)
 
     def matrix(self) -> Tensor:
+        """Ones where a channel goes."""
         return torch.eye(self.size, dtype=torch.float64)[:, self.index]
 
     def inverse(self) -> Permutation:
+        """The way back."""
         return Permutation(torch.argsort(self.index))
 
     def dual(self) -> Permutation:
+        """Itself."""
         return self
 
     def apply(self, x: Tensor, axis: int = -1) -> Tensor:
+        """Reorders an axis."""
         return x.index_select(axis, self.index)
 
 
@@ -109,13 +119,17 @@ class Orthogonal(Transform):
 
     @property
     def size(self) -> int:
+        """The order n."""
         return len(self.rotation)
 
     def matrix(self) -> Tensor:
+        """The rotation."""
         return self.rotation
 
     def inverse(self) -> Orthogonal:
+        """The transpose."""
         return Orthogonal(self.rotation.T)
 
     def dual(self) -> Orthogonal:
+        """Itself."""
         return self

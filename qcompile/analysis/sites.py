@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from qcompile.analysis.axes import Basis
-from qcompile.analysis.basis import BasisMap, map_bases
+from qcompile.analysis.basis import map_bases
 from qcompile.analysis.families import Blocker, Family, Port, PortRole
+from qcompile.analysis.features import BasisMap
 from qcompile.ir.program import Program
 
 
@@ -63,7 +64,11 @@ class Site:
     def __str__(self) -> str:
         kinds = ", ".join(sorted(family.value for family in self.families)) or "rejected"
         blocks = f"{len(self.blocks)} x " if len(self.blocks) > 1 else ""
-        ends = f"{_shown(self.sources)} -> {_shown(self.sinks)}" if self.sinks else " = ".join(self.sources)
+        ends = (
+            f"{_shown(self.sources)} -> {_shown(self.sinks)}"
+            if self.sinks
+            else " = ".join(self.sources)
+        )
         return f"{ends} [{blocks}{self.size}]: {kinds}"
 
 

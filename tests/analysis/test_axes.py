@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from qcompile.analysis.axes import Axes, Basis
 from qcompile.analysis.families import Family, PortRole
 
@@ -98,7 +100,7 @@ def test_a_blocker_stops_one_head_only_where_the_link_is() -> None:
 def test_chains_of_any_length_are_one_basis() -> None:
     axes = Axes()
     chain = [axes.new(2) for _ in range(200)]
-    for a, b in zip(chain, chain[1:], strict=False):
+    for a, b in itertools.pairwise(chain):
         axes.link(b, a, dual=True)
     axes.port(chain[0], "first", 0, 2, SOURCE)
     axes.port(chain[-1], "last", 0, 2, SOURCE)

@@ -1,0 +1,78 @@
+"""Rotary embeddings, caches and attention: bases per head, shared by groups of queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile.analysis.features import (
+    BasisMap,
+    Declaration,
+    P,
+    R,
+    operand_of,
+    rank_of,
+    single_feature,
+    size_of,
+)
+from qcompile.ir import dialect
+
+aten = torch.ops.aten
+
+
+def _rope(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
+    x, cos = operand_of(node, 0), operand_of(node, 1)
+    dims = single_feature(bases, x)
+    if dims is None or 3 not in dims:
+        return []
+    axis = bases.of(x, dims)
+    bases.axes.cut(axis, size_of(x, (3,)))
+    bases.axes.pair(axis, size_of(cos, (rank_of(cos) - 1,)), bool(node.args[3]))
+    reason = "a rotary embedding mixes channels in pairs"
+    bases.axes.block(axis, node.name, reason, {P, R})
+    bases.give(node, dims, axis)
+    return [x]
+
+
+def _kv_append(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
+    past, new = operand_of(node, 0), operand_of(node, 1)
+    dims = single_feature(bases, new)
+    if dims is None:
+        return []
+    bases.give(node, dims, bases.of(new, dims))
+    return [past, new]
+
+
+def _attention(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
+    query, key, value = (operand_of(node, i) for i in range(3))
+    heads, kv_heads = size_of(query, (1,)), size_of(key, (1,))
+    axes = [_head_axis(bases, x) for x in (query, key, value)]
+    out = bases.fresh(node, (1, 3))
+    width, value_width = size_of(query, (3,)), size_of(value, (3,))
+    for head in range(heads):
+        shared = head // (heads // kv_heads)
+        bases.axes.link(
+            axes[1], axes[0], a_start=shared * width, b_start=head * width, size=width, dual=True
+        )
+        a, b = shared * value_width, head * value_width
+        bases.axes.link(axes[2], out, a_start=a, b_start=b, size=value_width)
+    return [query, key, value]
+
+
+def _head_axis(bases: BasisMap, x: fx.Node) -> int:
+    """The axis of heads side by side."""
+    dims = single_feature(bases, x)
+    if dims == (1, 3) or size_of(x, (1,)) != 1 or dims is None:
+        return bases.of(x, (1, 3))
+    axis = bases.of(x, dims)  # one head: its axis of size 1 may have been dropped
+    bases.give(x, (1, 3), axis)
+    return axis
+
+
+DECLARATIONS: dict[Any, Declaration] = {
+    dialect.rope: _rope,
+    dialect.kv_append: _kv_append,
+    dialect.attention: _attention,
+}
