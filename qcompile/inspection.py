@@ -95,7 +95,7 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class Barrier:
-    """A call that is not part of the dialect, though it looks as if it should be.
+    """A call that raising passed over, or that the target cannot run.
 
     Attributes:
         node: Its name.
@@ -193,11 +193,13 @@ def inspect(
     recorder("capture", program)
     raised, records = PassManager(front_phases(), on_phase=recorder).run(program)
     notes = list(raised.notes)
-    planned = raised
+    planned, refused = raised, []
     if resolved is not None and backend is not None:
         try:
             planned, _ = plan(raised, resolved, on_phase=recorder)
-            recorder("lower", backend.lower(planned, Context()))
+            lowered = backend.lower(planned, Context())
+            recorder("lower", lowered)
+            refused = backend.check(lowered)
         except (RecipeError, TargetError) as error:
             notes.append(_one_line(error))
     return _summarize(
@@ -205,7 +207,7 @@ def inspect(
         planned,
         workloads=workloads or default_workloads(raised),
         phases=tuple(recorder.phases),
-        records=records,
+        passed_over=[*_skips(records), *((f.layer, f.reason) for f in refused)],
         notes=tuple(notes),
         recipe=None if resolved is None else resolved.name,
         target=None if backend is None else backend.name,
@@ -254,7 +256,7 @@ def _summarize(
     *,
     workloads: Mapping[str, Sizes],
     phases: tuple[PhaseSummary, ...],
-    records: Sequence[PassRecord],
+    passed_over: Sequence[tuple[str, str]],
     notes: tuple[str, ...],
     recipe: str | None,
     target: str | None,
@@ -280,7 +282,7 @@ def _summarize(
         weight_bytes=sum(size for _, size in stored.values()),
         phases=phases,
         stages=folded,
-        barriers=tuple(_barriers(raised, found, folded, records)),
+        barriers=tuple(_barriers(raised, found, folded, passed_over)),
         notes=notes,
     )
 
@@ -382,19 +384,25 @@ def _barriers(
     program: Program,
     found: Sequence[Stage],
     folded: Sequence[StageSummary],
-    records: Sequence[PassRecord],
+    passed_over: Sequence[tuple[str, str]],
 ) -> Iterator[Barrier]:
-    """What raising passed over and is still there."""
+    """What was passed over and is still there; `passed_over` pairs nodes with reasons."""
     names = {index: summary.name for summary in folded for index in summary.stages}
     place = {node.name: names[stage.index] for stage in found for node in stage.nodes}
     reasons: dict[str, list[str]] = {}
-    for record in records:
-        for skip in record.result.skips:
-            reasons.setdefault(skip.node, []).append(skip.reason)
+    for name, reason in passed_over:
+        reasons.setdefault(name, []).append(reason)
     for node in program.graph.nodes:
         for reason in dict.fromkeys(reasons.get(node.name, ())):
             operator = node.op if node.op != "call_function" else format_target(node.target)
             yield Barrier(node.name, operator, place.get(node.name, ""), reason)
+
+
+def _skips(records: Sequence[PassRecord]) -> Iterator[tuple[str, str]]:
+    """Where passes might have applied and did not, and why."""
+    for record in records:
+        for skip in record.result.skips:
+            yield skip.node, skip.reason
 
 
 def _one_line(error: QCompileError) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qcompile.backends.base import Capabilities, Finding, Target
 from qcompile.backends.registry import get_target
-from qcompile.errors import QCompileError, TargetError
+from qcompile.errors import QCompileError, RecipeError, TargetError
 from qcompile.estimates import Estimate, estimate
 from qcompile.folding import fold_names
 from qcompile.formats import Format, IntegerFormat
@@ -138,9 +138,7 @@ def preflight(
         *_weight_findings(weights, backend.capabilities),
         *_activation_findings(weights, recipe, backend),
     ]
-    planned, records = program, list[PassRecord]()
-    if not any(weight.conflict for weight in weights.weights):
-        planned, records = plan(program, recipe)
+    planned, records = _plan(program, recipe, findings)
     lowered = None if findings else _lower(planned, backend, findings)
     findings += backend.check(program if lowered is None else lowered)
     bits = count_bits(planned)
@@ -222,6 +220,18 @@ def _activation_findings(weights: WeightPlan, recipe: Recipe, target: Target) ->
             if weight.format is not None and not _EMBEDDINGS.issuperset(weight.parts):
                 reason = f"the {target.name} target has no {options.format} activations"
                 yield Finding(weight.name, reason, instead)
+
+
+def _plan(
+    program: Program, recipe: Recipe, findings: list[Finding]
+) -> tuple[Program, list[PassRecord]]:
+    """The planned program; the program itself where the recipe contradicts itself."""
+    try:
+        return plan(program, recipe)
+    except RecipeError as error:
+        if not findings:
+            findings.append(Finding(program.provenance.name, error.message, error.remedy))
+        return program, []
 
 
 def _lower(planned: Program, target: Target, findings: list[Finding]) -> Program | None:
