@@ -12,7 +12,12 @@ from qcompile.errors import RecipeError
 if TYPE_CHECKING:
     from qcompile.backends.base import Target
 
-TARGETS: Final = MappingProxyType({"cpu": ("qcompile.backends.cpu.target", "CpuTarget")})
+TARGETS: Final = MappingProxyType(
+    {
+        "cpu": ("qcompile.backends.cpu.target", "CpuTarget"),
+        "cuda": ("qcompile.backends.cuda.target", "CudaTarget"),
+    }
+)
 """Name of a target to the module and the class that implement it."""
 
 

@@ -1,11 +1,12 @@
-"""Compiled models on disk: load one, run it, talk to it. Never imports torch.
+"""Compiled models on disk: load one, run it, talk to it. Only `cuda` artifacts import torch.
 
 An artifact is a directory:
 
 | file | content |
 |---|---|
 | `manifest.json` | what the artifact is, with the sha256 of every other file |
-| `model.onnx`, `model.onnx.data` | the graph and its weights, which are memory-mapped |
+| `model.onnx`, `model.onnx.data` | `cpu`: the graph and its weights, which are memory-mapped |
+| `program.json`, `weights.safetensors` | `cuda`: the same |
 | `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` | as Hugging Face writes them |
 | `generation_config.json` | the source model's own generation settings |
 | `report.json` | timings and other facts of the compilation, not hashed |
@@ -18,7 +19,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeGuard, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +27,14 @@ import numpy.typing as npt
 from qcompile.backends.cpu.runtime import CpuSession
 from qcompile.errors import ArtifactError, RecipeError
 from qcompile.generation import (
+    CausalModel,
     Completion,
     Generation,
     GenerationKwargs,
     GenerationOptions,
     TextStream,
 )
+from qcompile.kernels import quantized_linear
 from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
 from qcompile.manifest import REPORT_NAME, Manifest, read_manifest, verify_files
 from qcompile.text import TOKENIZER_NAME, Message, Tokenizer
@@ -46,7 +49,24 @@ Prompt = str | TokenIds | Sequence[Message]
 Prompts = Prompt | Sequence[str] | Sequence[TokenIds] | Sequence[Sequence[Message]]
 """A prompt, or a batch of prompts of one kind."""
 
-RUNNABLE_TARGETS = ("cpu",)
+RUNNABLE_TARGETS = {"cpu": KERNEL_LAYOUT_VERSION, "cuda": quantized_linear.LAYOUT_VERSION}
+"""Targets that this package runs itself, and the layout of packed weights that it reads."""
+
+
+class Session(CausalModel, Protocol):
+    """A loaded model, as every runnable target has one; only language models generate."""
+
+    def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[Any]]:
+        """As `Artifact.run`."""
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """As `Artifact.forward`."""
 
 
 def load(
@@ -57,7 +77,8 @@ def load(
     Args:
         path: The artifact's directory.
         verify: Whether to compare the sha256 of every file; sizes are always compared.
-        threads: Threads to run with; by default one per physical core that may be used.
+        threads: Threads to run on the CPU with; by default one per physical core that may be
+            used.
 
     Raises:
         ArtifactError: If it is no artifact, damaged, or made for something else.
@@ -66,7 +87,7 @@ def load(
     manifest = read_manifest(directory)
     _check_runnable(directory, manifest)
     verify_files(directory, manifest, hashes=verify)
-    return Artifact(directory, manifest, CpuSession(directory, manifest, threads=threads))
+    return Artifact(directory, manifest, _open_session(directory, manifest, threads))
 
 
 class Artifact:
@@ -77,7 +98,7 @@ class Artifact:
         manifest: What it is.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, session: CpuSession) -> None:
+    def __init__(self, path: Path, manifest: Manifest, session: Session) -> None:
         self.path = path
         self.manifest = manifest
         self._session = session
@@ -245,6 +266,14 @@ class Artifact:
         return tokens if tokens or start is None else [start]
 
 
+def _open_session(directory: Path, manifest: Manifest, threads: int | None) -> Session:
+    if manifest.target == "cpu":
+        return CpuSession(directory, manifest, threads=threads)
+    from qcompile.backends.cuda.runtime import CudaSession
+
+    return CudaSession(directory, manifest)
+
+
 def _check_runnable(directory: Path, manifest: Manifest) -> None:
     if manifest.target not in RUNNABLE_TARGETS:
         raise ArtifactError(
@@ -252,12 +281,12 @@ def _check_runnable(directory: Path, manifest: Manifest) -> None:
             f"this qcompile runs {', '.join(RUNNABLE_TARGETS)}",
             remedy="run it with its own runtime, or compile the model for one of these",
         )
-    layout = manifest.kernel_layout_version
-    if layout is not None and layout != KERNEL_LAYOUT_VERSION:
-        newer = layout > KERNEL_LAYOUT_VERSION
+    layout, readable = manifest.kernel_layout_version, RUNNABLE_TARGETS[manifest.target]
+    if layout is not None and layout != readable:
+        newer = layout > readable
         raise ArtifactError(
             f"the weights of {directory} have kernel layout {layout}; "
-            f"the kernels of this qcompile read {KERNEL_LAYOUT_VERSION}",
+            f"the kernels of this qcompile read {readable}",
             remedy="upgrade qcompile" if newer else "compile the model again",
         )
 

@@ -184,6 +184,7 @@ class GraphReader:
             raise ArtifactError(f"the program is damaged: {error}") from error
         self._weights = weights
         self._nodes: list[fx.Node] = []
+        self._tensors: dict[str, Tensor] = {}
         self.graph = fx.Graph()
 
     def read(self, written: InputNode | WeightNode | CallNode) -> None:
@@ -255,7 +256,11 @@ class GraphReader:
         if not isinstance(value, list):
             raise ValueError(f"{written} is no value")
         if kind == "tensor":
-            return self._tensor(value)
+            # Layers repeat, and a fake tensor takes a millisecond to make: nodes share them.
+            key = repr(value)
+            if key not in self._tensors:
+                self._tensors[key] = self._tensor(value)
+            return self._tensors[key]
         if kind not in ("list", "tuple"):
             raise ValueError(f"{written} is no value")
         items = [self._value(item) for item in value]

@@ -201,7 +201,8 @@ class _NamedShapeEnv(ShapeEnv):
         self.unique_ids.update(self._numbers.values())
 
     def _generate_unique_id(self, source_name: str) -> int:
-        number = self._numbers.get(source_name)
+        # A symbol comes from the size of a tensor that is called like it: "s0.size()[0]".
+        number = self._numbers.get(source_name.partition(".")[0])
         return super()._generate_unique_id(source_name) if number is None else number
 
 
