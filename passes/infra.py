@@ -191,6 +191,12 @@ class PhaseRecord:
     check_seconds: float = 0.0
     check: PhaseCheck | None = None
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in the phase, checks included."""
+        of_passes = sum(record.seconds + record.check_seconds for record in self.passes)
+        return of_passes + self.check_seconds
+
 
 @dataclass
 class Context:

@@ -25,7 +25,8 @@ from qcompile.ir.program import Program
 from qcompile.legality import preflight
 from qcompile.manifest import is_artifact
 from qcompile.packaging import write_package
-from qcompile.passes.infra import Context, PassManager, PassRecord, Phase
+from qcompile.passes.equivalence import CheckLevel, checks_for
+from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.quantize.bits import count_bits
 from qcompile.pipeline import front_phases, recipe_phases
 from qcompile.progress import NullProgress, Progress
@@ -53,6 +54,7 @@ def compile(
     overwrite: bool = False,
     threads: int | None = None,
     dequantize: bool = False,
+    check: CheckLevel = "full",
     progress: Progress | None = None,
 ) -> Artifact:
     """Compiles a model into an artifact that runs on a target.
@@ -67,6 +69,9 @@ def compile(
         overwrite: Whether an artifact that stands at `output` may be replaced.
         threads: Threads to compile and to run with; all physical cores by default.
         dequantize: Whether an already quantized checkpoint may be read as floats.
+        check: How the equivalence of passes is checked: ``"full"`` proves each pass where it
+            changed something and compares whole programs after each phase, in float64;
+            ``"local"`` only proves passes; ``"off"`` checks structure only.
         progress: Told what is going on.
 
     Returns:
@@ -79,8 +84,8 @@ def compile(
     resolved = load_recipe(recipe, overrides)
     backend = get_target(target)
     progress = progress or NullProgress()
-    context = Context(progress)
-    report = CompileReport()
+    context = Context(progress, checks=checks_for(check))
+    report = CompileReport(phases=context.phases)
     with _threads(threads), contextlib.ExitStack() as stack:
         stack.callback(progress.done)
         with _phase(report, progress, "capture"):
@@ -240,17 +245,11 @@ def _destination(
 def _run(
     phases: tuple[Phase, ...], program: Program, context: Context, report: CompileReport
 ) -> Program:
-    manager = PassManager(phases)
-    program, records = manager.run(program, context)
-    _add(report, records)
+    done = len(context.phases)
+    program, _ = PassManager(phases).run(program, context)
+    for phase in context.phases[done:]:
+        report.seconds[phase.name] = report.seconds.get(phase.name, 0.0) + phase.seconds
     return program
-
-
-def _add(report: CompileReport, records: list[PassRecord]) -> None:
-    report.passes += records
-    for record in records:
-        spent = record.seconds + record.check_seconds
-        report.seconds[record.phase] = report.seconds.get(record.phase, 0.0) + spent
 
 
 @contextlib.contextmanager

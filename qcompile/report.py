@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qcompile.passes.infra import PassRecord
+from qcompile.passes.infra import PassRecord, PhaseRecord
 
 
 @dataclass
@@ -17,13 +17,18 @@ class CompileReport:
 
     Attributes:
         seconds: Wall-clock time by phase, in order.
-        passes: One record per pass, in order.
+        phases: One record per phase, in order, with those of its passes.
         notes: What the front end and the passes want the user to know.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
-    passes: list[PassRecord] = field(default_factory=list)
+    phases: list[PhaseRecord] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+
+    @property
+    def passes(self) -> list[PassRecord]:
+        """The records of all passes, in order."""
+        return [record for phase in self.phases for record in phase.passes]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document."""
@@ -31,9 +36,18 @@ class CompileReport:
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "total_seconds": round(sum(self.seconds.values()), 3),
             "peak_memory_bytes": peak_memory_bytes(),
+            "checks": {
+                "seconds": round(self._check_seconds, 3),
+                "phases": [_check_to_dict(record) for record in self.phases if record.check],
+            },
             "passes": [_pass_to_dict(record) for record in self.passes],
             "notes": list(self.notes),
         }
+
+    @property
+    def _check_seconds(self) -> float:
+        of_passes = sum(record.check_seconds for record in self.passes)
+        return of_passes + sum(record.check_seconds for record in self.phases)
 
 
 def peak_memory_bytes() -> int:
@@ -49,6 +63,18 @@ def skips(records: Sequence[PassRecord]) -> list[dict[str, str]]:
         for record in records
         for skip in record.result.skips
     ]
+
+
+def _check_to_dict(record: PhaseRecord) -> dict[str, Any]:
+    check = record.check
+    assert check is not None
+    return {
+        "phase": record.name,
+        "seconds": round(record.check_seconds, 4),
+        "relative_error": check.error,
+        "peak_weight_bytes": check.peak_weight_bytes,
+        "skipped": check.skipped,
+    }
 
 
 def _pass_to_dict(record: PassRecord) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from qcompile.passes.equivalence.checkers import (
     CHECK_LEVELS,
+    CheckLevel,
     LocalChecker,
     LockstepChecker,
     checks_for,
@@ -18,6 +19,7 @@ from qcompile.passes.equivalence.lockstep import Agreement, Through, lockstep
 __all__ = [
     "CHECK_LEVELS",
     "Agreement",
+    "CheckLevel",
     "LocalChecker",
     "LocalProof",
     "LockstepChecker",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from qcompile.errors import RecipeError
 from qcompile.ir.program import Program
 from qcompile.passes.equivalence.local import prove_locally
 from qcompile.passes.equivalence.lockstep import TOLERANCE, lockstep
@@ -11,6 +12,10 @@ from qcompile.passes.infra import Checks, Equivalent, Lossy, Pass, Phase, PhaseC
 
 CheckLevel = Literal["full", "local", "off"]
 """How much is checked: every pass and every phase, every pass only, or structure only."""
+
+_LARGEST_WEIGHT = 1 << 24
+"""Elements (128 MB in float64) up to which a weight is read to check a single pass, where whole
+programs are compared after the phase anyway."""
 
 CHECK_LEVELS: tuple[CheckLevel, ...] = ("full", "local", "off")
 
@@ -21,11 +26,19 @@ def checks_for(level: CheckLevel, seed: int = 0) -> Checks:
     Args:
         level: How much to check.
         seed: For the random inputs.
+
+    Raises:
+        RecipeError: If there is no such level.
     """
+    if level not in CHECK_LEVELS:
+        raise RecipeError(
+            f"there is no check '{level}'", remedy=f"use one of {', '.join(CHECK_LEVELS)}"
+        )
     if level == "off":
         return Checks()
-    local = LocalChecker(seed)
-    return Checks(local, LockstepChecker(seed) if level == "full" else None)
+    if level == "local":
+        return Checks(LocalChecker(seed))
+    return Checks(LocalChecker(seed, largest_weight=_LARGEST_WEIGHT), LockstepChecker(seed))
 
 
 class LocalChecker:
@@ -36,10 +49,13 @@ class LocalChecker:
 
     Args:
         seed: For the random inputs.
+        largest_weight: Places that read weights of more elements are left to the check of the
+            phase; None leaves nothing to it.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, *, largest_weight: int | None = None) -> None:
         self._seed = seed
+        self._largest_weight = largest_weight
 
     def __call__(self, before: Program, after: Program, item: Pass) -> float | None:
         """The largest relative difference found; None for passes that change the function.
@@ -50,7 +66,13 @@ class LocalChecker:
         tolerance = _tolerance(item)
         if tolerance is None:
             return None
-        proof = prove_locally(before, after, tolerance=tolerance, seed=self._seed)
+        proof = prove_locally(
+            before,
+            after,
+            tolerance=tolerance,
+            seed=self._seed,
+            largest_weight=self._largest_weight,
+        )
         if proof.unproved is None:
             return proof.error
         agreement = lockstep(before, after, tolerance=tolerance, seed=self._seed)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, MutableMapping
+from collections.abc import Container, Hashable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from qcompile.errors import EquivalenceError
-from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.weights import Apply, Expression, Source
 
 DTYPE = torch.float64
+
+_CPU = torch.device("cpu")
 
 
 class Weights:
@@ -89,7 +90,6 @@ class Evaluator:
         self.program = program
         self._constant = constant
         self._weights = weights
-        self._interpreter = _SharingInterpreter(program, weights)
 
     @torch.no_grad()
     def run(self, nodes: Iterable[fx.Node], env: MutableMapping[fx.Node, Any]) -> None:
@@ -100,39 +100,38 @@ class Evaluator:
         Raises:
             CannotRunError: Names the node.
         """
-        self._interpreter.env = env  # type: ignore[assignment]
         for node in nodes:
             if node in env:
                 continue
-            if node.op == "get_attr" or node not in self._constant:
-                env[node] = self._value(node)
-                continue
-            key = (id(self.program), node)
-            if self._weights.get(key) is None:
-                self._weights.hold(key, self._value(node))
-            env[node] = self._weights.get(key)
-
-    def _value(self, node: fx.Node) -> Any:
-        try:
-            return self._interpreter.run_node(node)
-        except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CannotRunError(
-                f"node '{node.name}' ({format_target(node.target)}) cannot run: {reason[0]}"
-            ) from error
+            if node.op == "get_attr":
+                env[node] = self._weights.read(self.program, str(node.target))
+            elif node in self._constant:
+                key = (id(self.program), node)
+                if self._weights.get(key) is None:
+                    self._weights.hold(key, _call(node, env))
+                env[node] = self._weights.get(key)
+            else:
+                env[node] = _call(node, env)
 
 
-class _SharingInterpreter(Interpreter):
-    def __init__(self, program: Program, weights: Weights) -> None:
-        super().__init__(program, dtype=DTYPE)
-        self._shared = weights
+def _call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """The value of a call, in float64 where the program has float32."""
 
-    def run_node(self, n: fx.Node) -> Any:
-        # Operators that make numbers (from codes, for instance) make float32.
-        value = super().run_node(n)
-        is_single = isinstance(value, Tensor) and value.dtype == torch.float32
-        return value.to(DTYPE) if is_single else value
+    def fill(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return env[value]
+        if value is torch.float32:
+            return DTYPE
+        return _CPU if isinstance(value, torch.device) else value
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Tensor:
-        del args, kwargs
-        return self._shared.read(self.program, str(target))
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), fill)
+    try:
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CannotRunError(
+            f"node '{node.name}' ({format_target(node.target)}) cannot run: {reason[0]}"
+        ) from error
+    # Operators that make numbers (from codes, for instance) make float32.
+    is_single = isinstance(value, Tensor) and value.dtype == torch.float32
+    return value.to(DTYPE) if is_single else value

@@ -136,6 +136,7 @@ class Anatomy:
     def __init__(self, program: Program, flow: Flow) -> None:
         self._program = program
         self._known: dict[fx.Node, Hashable] = {}
+        self._elements: dict[fx.Node, int] = {}
         self._roles = {
             node: port.role
             for node, port in zip(program.inputs, program.signature.inputs, strict=True)
@@ -143,10 +144,20 @@ class Anatomy:
         for node in flow.order:
             if node not in flow.dynamic:
                 self._known[node] = hash(self._describe(node))
+                self._elements[node] = self._count(node)
 
     def of(self, node: fx.Node) -> Hashable:
         """Equal for values that are computed alike from inputs and weights of the same shapes."""
         return self._known[node]
+
+    def elements(self, node: fx.Node) -> int:
+        """Elements of the largest weight that a value is computed from."""
+        return self._elements[node]
+
+    def _count(self, node: fx.Node) -> int:
+        if node.op == "get_attr":
+            return self._program.weights.spec(str(node.target)).elements
+        return max((self._elements[n] for n in node.all_input_nodes), default=0)
 
     def _describe(self, node: fx.Node) -> Hashable:
         if node.op == "placeholder":
