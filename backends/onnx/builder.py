@@ -348,6 +348,10 @@ class Builder:
         attributes: Mapping[str, Attribute | None],
     ) -> tuple[ir.Value, ...]:
         values = tuple(self._inputs(op_type, inputs))
+        # Inputs left out at the end must not be written as empty names: ONNX Runtime crashes on
+        # some (SkipLayerNormFusion).
+        while values and values[-1] is None:
+            values = values[:-1]
         made = tuple(self._new_value(dtype or _output_dtype(op_type, values)) for dtype in dtypes)
         attrs = tuple(_attribute(k, v) for k, v in attributes.items() if v is not None)
         self.calls.append(Call(op_type, domain, values, made, attrs))
