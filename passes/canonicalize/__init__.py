@@ -6,7 +6,9 @@ from qcompile.ir.program import Program
 from qcompile.passes.canonicalize.drop_no_ops import DropNoOps
 from qcompile.passes.canonicalize.fold_parameters import FoldParameters
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
+from qcompile.passes.canonicalize.merge_sizes import MergeSizes
 from qcompile.passes.canonicalize.normalize_linear import NormalizeLinear
+from qcompile.passes.canonicalize.normalize_moves import NormalizeMoves
 from qcompile.passes.infra import Phase, run_passes
 
 
@@ -14,7 +16,15 @@ def canonicalize_phase() -> Phase:
     """The passes that make a captured program canonical, in order."""
     return Phase(
         "canonicalize",
-        (DropNoOps(), MergeDuplicates(), NormalizeLinear(), FoldParameters(), DropNoOps()),
+        (
+            DropNoOps(),
+            MergeSizes(),
+            MergeDuplicates(),
+            NormalizeMoves(),
+            NormalizeLinear(),
+            FoldParameters(),
+            DropNoOps(),
+        ),
     )
 
 

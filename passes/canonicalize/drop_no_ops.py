@@ -49,7 +49,9 @@ CASTS = frozenset(
     }
 )
 
-RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.expand.default})
+RESHAPES = frozenset({aten.reshape.default, aten.expand.default})
+
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
 class DropNoOps(Pass):
@@ -57,10 +59,12 @@ class DropNoOps(Pass):
 
     1. assertions                                    =>  removed
     2. alias, clone, contiguous, detach, dropout     =>  their operand
-    3. cast to the dtype that is there               =>  its operand; other casts => ``aten.to.dtype``
+    3. cast to the dtype that is there               =>  its operand; others => ``aten.to.dtype``
     4. view, reshape, expand to the shape that is there, full slices => their operand
     5. ``cat`` of one tensor, or with empty tensors  =>  without them
     6. ``device=``, ``layout=``, ``pin_memory=``     =>  removed: a program has no device
+    7. ``view``                                      =>  ``reshape``: a program has no strides
+    8. ``copy(to, from)`` of one shape and dtype     =>  ``from``
     """
 
     numerics = Exact()
@@ -88,6 +92,10 @@ def _replacement(editor: Editor, node: fx.Node) -> fx.Node | None:
         return _node(args[0])
     if target in CASTS:
         return _cast(editor, node)
+    if target in VIEWS:
+        return _reshape(editor, node)
+    if target is aten.copy.default:
+        return _node(args[1]) if _same_spec(args[1], node) else None
     if target in RESHAPES:
         return _node(args[0]) if _same_shape(args[0], node) else None
     if target is aten.slice.Tensor:
@@ -97,6 +105,16 @@ def _replacement(editor: Editor, node: fx.Node) -> fx.Node | None:
     if target is operator.getitem and isinstance(args[0], (tuple, list)):
         return _node(args[0][args[1]])  # type: ignore[index]
     return None
+
+
+def _reshape(editor: Editor, node: fx.Node) -> fx.Node:
+    """A view with strides gone: what was contiguous when traced need not be any more."""
+    if _same_shape(node.args[0], node):
+        return _node(node.args[0])
+    with editor.before(node):
+        new = editor.graph.call_function(aten.reshape.default, node.args, node.kwargs)
+    new.meta["val"] = node.meta["val"]
+    return new
 
 
 def _cast(editor: Editor, node: fx.Node) -> fx.Node | None:
@@ -144,18 +162,23 @@ def _is_full_slice(node: fx.Node) -> bool:
     return isinstance(size, int) and isinstance(end, int) and end >= size
 
 
+def _same_spec(source: Any, node: fx.Node) -> bool:
+    return _same_shape(source, node) and source.meta["val"].dtype == node.meta["val"].dtype
+
+
 def _same_shape(source: Any, node: fx.Node) -> bool:
     before, after = _node(source).meta["val"].shape, node.meta["val"].shape
     return len(before) == len(after) and all(map(_same_size, before, after))
 
 
 def _same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for all values of the symbols; asks nothing of the shape guards."""
+    """Whether two sizes are equal for all values of the symbols."""
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
         return bool(a.node.expr == b.node.expr)
     return isinstance(a, int) and isinstance(b, int) and a == b
 
 
 def _node(value: Any) -> fx.Node:
-    assert isinstance(value, fx.Node) and isinstance(value.meta["val"], (Tensor, torch.SymInt, int))
+    assert isinstance(value, fx.Node)
+    assert isinstance(value.meta["val"], (Tensor, torch.SymInt, int))
     return value

@@ -15,12 +15,14 @@ aten = torch.ops.aten
 
 
 class NormalizeLinear(Pass):
-    """Spells dense layers one way.
+    """Spells dense layers and products one way.
 
     1. ``addmm(b, x, W)``                           =>  ``linear(x, transpose(W), b)``
     2. ``mm(x, W)``, ``matmul(x, W)``               =>  ``linear(x, transpose(W))``
     3. ``view(linear(view(x, [-1, K]), ...), ...)`` =>  ``linear(x, ...)``
     4. ``add(linear(x, W), b)`` with a vector `b`   =>  ``linear(x, W, b)``
+    5. ``bmm(x, y)``                                =>  ``matmul(x, y)``
+    6. ``baddbmm(b, x, y, beta, alpha)``            =>  ``beta * b + alpha * matmul(x, y)``
 
     `W` must be a weight, or a transpose of one; `FoldParameters` then absorbs the transposes.
     """
@@ -28,7 +30,7 @@ class NormalizeLinear(Pass):
     numerics = Exact()
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Applies the four rewrites in one sweep."""
+        """Applies the rewrites in one sweep."""
         del context
         result = PassResult()
         editor = Editor(program)
@@ -37,6 +39,7 @@ class NormalizeLinear(Pass):
                 _from_product(editor, node)
                 or _without_flattening(editor, node)
                 or _with_bias(editor, node)
+                or _batched(editor, node)
             )
             if replacement is not None:
                 editor.replace(node, replacement)
@@ -119,6 +122,23 @@ def _with_bias(editor: Editor, node: fx.Node) -> fx.Node | None:
             with editor.before(node):
                 return editor.call(aten.linear.default, *linear.args, bias)
     return None
+
+
+def _batched(editor: Editor, node: fx.Node) -> fx.Node | None:
+    if node.target is aten.bmm.default:
+        with editor.before(node):
+            return editor.call(aten.matmul.default, *node.args)
+    if node.target is not aten.baddbmm.default:
+        return None
+    added, x, y = node.args
+    with editor.before(node):
+        product = editor.call(aten.matmul.default, x, y)
+        terms = []
+        for term, key in ((added, "beta"), (product, "alpha")):
+            factor = node.kwargs.get(key, 1)
+            terms.append(term if factor == 1 else editor.call(aten.mul.Tensor, term, factor))
+        # A factor of zero silences even what is not finite.
+        return terms[1] if node.kwargs.get("beta", 1) == 0 else editor.call(aten.add.Tensor, *terms)
 
 
 def _rank(value: Any) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from qcompile.ir.program import Program
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
+from qcompile.passes.canonicalize.normalize_moves import NormalizeMoves
 from qcompile.passes.infra import Phase, run_passes
 from qcompile.passes.raise_ops.own_cache import OwnCache
 from qcompile.passes.raise_ops.raise_activations import RaiseActivations
+from qcompile.passes.raise_ops.raise_attention import RaiseAttention
 from qcompile.passes.raise_ops.raise_norms import RaiseNorms
 from qcompile.passes.raise_ops.raise_rope import RaiseRope
 from qcompile.passes.raise_ops.recognize_masks import RecognizeMasks
@@ -21,8 +23,10 @@ def raise_phase() -> Phase:
             OwnCache(),
             RaiseNorms(),
             RaiseRope(),
+            RaiseAttention(),
             RaiseActivations(),
             RecognizeMasks(),
+            NormalizeMoves(),
             MergeDuplicates(),
             Settle(),
         ),

@@ -67,8 +67,7 @@ def _is_sequence_axis(node: fx.Node) -> bool:
 def _resize(program: Program, editor: Editor, caches: set[fx.Node]) -> int:
     """Batch and past, where they are read from a cache, come from the ids and the mask."""
     inputs = {
-        port.role: node
-        for node, port in zip(program.inputs, program.signature.inputs, strict=True)
+        port.role: node for node, port in zip(program.inputs, program.signature.inputs, strict=True)
     }
     mask, ids = inputs.get(Role.ATTENTION_MASK), inputs.get(Role.INPUT_IDS)
     if mask is None or ids is None:
@@ -87,5 +86,3 @@ def _resize(program: Program, editor: Editor, caches: set[fx.Node]) -> int:
         editor.replace(node, new)
         changed += 1
     return changed
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
@@ -15,6 +15,7 @@ from qcompile.kernels.layer_norm.reference import layer_norm
 from qcompile.kernels.rms_norm.reference import rms_norm
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
 from qcompile.passes.raise_ops.regions import (
+    REASON,
     TOLERANCE,
     NotClosedError,
     Probe,
@@ -86,20 +87,23 @@ def _raise_region(
     editor: Editor, probe: Probe, data: set[fx.Node], anchor: fx.Node, result: PassResult
 ) -> None:
     for exit_node in _exits(anchor):
-        width = exit_node.meta["val"].shape[-1]
+        shape = exit_node.meta["val"].shape
+        if not isinstance(shape[-1], int):
+            continue
+        new = None
         for entry in dominators(exit_node, data, limit=16)[:4]:
-            value = entry.meta["val"]
-            if not isinstance(value, Tensor) or value.shape != exit_node.meta["val"].shape:
+            if [str(size) for size in entry.meta["val"].shape] != [str(size) for size in shape]:
                 continue
-            if not isinstance(width, int):
-                continue
-            new = _match_norm(editor, probe, entry, anchor, exit_node)
-            if new is not None:
-                editor.replace(exit_node, new)
-                data.add(new)
-                result.rewrites += 1
-                return
-    result.skips.append(Skip(anchor.name, "an inverse root that is no normalization of one value"))
+            # A root mean square of what was centred just before is a layer norm from further on.
+            new = _match_norm(editor, probe, entry, anchor, exit_node) or new
+            if new is not None and entry.target is not aten.sub.Tensor:
+                break
+        if new is not None:
+            editor.replace(exit_node, new)
+            data.add(new)
+            result.rewrites += 1
+            return
+    anchor.meta[REASON] = "an inverse root that is no normalization of one value"
 
 
 def _exits(anchor: fx.Node) -> list[fx.Node]:
@@ -134,9 +138,12 @@ def _match_norm(
     for expected, operator, arguments in candidates:
         if relative_error(found, expected) <= TOLERANCE:
             small = 1e-3 * x
-            if relative_error(
-                probe.run(exit_node, {entry: small}), operator(small, *arguments[1:])
-            ) > 1e3 * TOLERANCE:
+            if (
+                relative_error(
+                    probe.run(exit_node, {entry: small}), operator(small, *arguments[1:])
+                )
+                > 1e3 * TOLERANCE
+            ):
                 continue
             with editor.before(exit_node):
                 return editor.call(operator, *arguments)

@@ -17,6 +17,10 @@ from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
 from qcompile.passes.raise_ops.regions import NotClosedError, Probe
 
 _MAX_WINDOW = 1 << 18
+"""Integers beyond this are no windows: slices that end nowhere, lowest values."""
+
+_MAX_SQUARE = 1 << 12
+"""Longest sequence that is probed where there is no past, so that masks are square."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,10 @@ def recognize(
 ) -> MaskKind | None:
     """What a mask is, or None."""
     candidates = [0, *_constants(mask)]
-    cases = [_case(program, mask, key_mask, seed, past=p, query=5) for p in (0, 9)]
+    keeps_past = any(port.role is Role.PAST_KEY for port in program.signature.inputs)
+    if not keeps_past and candidates[-1] > _MAX_SQUARE:
+        return None
+    cases = [_case(program, mask, seed, past=p, query=5) for p in (0, 9)]
     if any(case is None for case in cases):
         return None
     for padding, causal, window in product((True, False), (True, False), candidates):
@@ -90,21 +97,22 @@ def recognize(
         if padding and key_mask is None:
             continue
         if all(_agrees(kind, *case) for case in cases if case is not None):
-            far = [_case(program, mask, key_mask, seed, past=w + 2, query=3) for w in candidates]
+            far = [_case(program, mask, seed, past=w + 2, query=3) for w in candidates]
             if all(case is not None and _agrees(kind, *case) for case in far):
                 return kind
     return None
 
 
 def _case(
-    program: Program, mask: fx.Node, key_mask: fx.Node | None, seed: int, past: int, query: int
+    program: Program, mask: fx.Node, seed: int, past: int, query: int
 ) -> tuple[Tensor, Tensor | None, int] | None:
     """The mask as the program computes it, the padding it was given, and the past."""
     generator = torch.Generator().manual_seed(seed + past)
     batch, given = 3, dict[fx.Node, Any]()
     padding: Tensor | None = None
     has_past = any(port.role is Role.PAST_KEY for port in program.signature.inputs)
-    past = past if has_past else 0
+    if not has_past:
+        past, query = 0, past + query
     for node, port in zip(program.inputs, program.signature.inputs, strict=True):
         match port.role:
             case Role.ATTENTION_MASK:
@@ -127,7 +135,7 @@ def _case(
     if not isinstance(value, Tensor) or value.dim() != 4:
         return None
     if value.dtype != torch.bool:
-        blocked = value <= torch.finfo(torch.float32).min / 2
+        blocked = value <= -1e4  # no weight is left by such a score
         if not bool(((value == 0) | blocked).all()):
             return None
         value = ~blocked

@@ -20,6 +20,9 @@ from qcompile.ir.verify import size_identities
 TOLERANCE = 1e-10
 """Relative error in float64 up to which a region counts as the operator it was compared with."""
 
+REASON = "barrier"
+"""Key in ``node.meta`` under which a pass leaves the reason why it did not raise a node."""
+
 _SIZES = (3, 5, 7, 11, 13, 17)
 """Values given to symbolic sizes in order: different, so that a mix-up of axes shows."""
 
@@ -67,11 +70,19 @@ class Probe:
             NotClosedError: If it depends on an input of the program that is not given.
         """
         values: dict[fx.Node, Any] = dict(given)
+        sizes = self._sizes | _observed_sizes(given)
         for node in _backward(output, stop=set(given)):
-            values[node] = self._value(node, values)
+            values[node] = self._value(node, values, sizes)
         return values[output]
 
-    def _value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def _value(
+        self, node: fx.Node, values: Mapping[fx.Node, Any], sizes: Mapping[sympy.Symbol, int]
+    ) -> Any:
+        value = node.meta["val"]
+        if isinstance(value, torch.SymInt):
+            return int(value.node.expr.subs(sizes))
+        if isinstance(value, int):
+            return value
         if node.op == "get_attr":
             return self._weight(str(node.target))
         if node.op != "call_function":
@@ -111,9 +122,8 @@ def data_nodes(program: Program) -> set[fx.Node]:
             is_source = isinstance(value, Tensor) and value.dtype.is_floating_point
         else:
             is_source = node.target is aten.embedding.default and _reads_ids(node)
-        tensor_inputs = (n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
-        is_size = not isinstance(value, Tensor) and not isinstance(value, (list, tuple))
-        if is_source or (not is_size and any(n in data for n in tensor_inputs)):
+        is_size = not isinstance(value, (Tensor, list, tuple))
+        if is_source or (not is_size and any(n in data for n in node.all_input_nodes)):
             data.add(node)
     return data
 
@@ -133,13 +143,21 @@ def dominators(node: fx.Node, within: set[fx.Node], limit: int = 40) -> list[fx.
             break
         if len(frontier) == 1:
             (only,) = frontier
-            found.append(only)
+            if isinstance(only.meta["val"], Tensor):
+                found.append(only)
             frontier = {n for n in only.all_input_nodes if n in within}
         else:
             latest = _latest(frontier)
             frontier.remove(latest)
             frontier |= {n for n in latest.all_input_nodes if n in within}
     return found
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal for all values of the symbols."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(sympy.expand(a.node.expr - b.node.expr) == 0)
+    return isinstance(a, int) and isinstance(b, int) and a == b
 
 
 def snap(value: float, region: Iterable[fx.Node]) -> float:
@@ -159,7 +177,9 @@ def _latest(nodes: set[fx.Node]) -> fx.Node:
 def _reads_ids(node: fx.Node) -> bool:
     """Whether an embedding looks up token ids (an input), rather than computed positions."""
     ids = node.args[1]
-    return isinstance(ids, fx.Node) and ids.op == "placeholder" and "position" not in str(ids.target)
+    return (
+        isinstance(ids, fx.Node) and ids.op == "placeholder" and "position" not in str(ids.target)
+    )
 
 
 def _backward(output: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
@@ -170,8 +190,20 @@ def _backward(output: fx.Node, stop: set[fx.Node]) -> list[fx.Node]:
         node = pending.pop()
         if node not in needed and node not in stop:
             needed.add(node)
-            pending.extend(node.all_input_nodes)
+            if not isinstance(node.meta["val"], (int, torch.SymInt)):  # a size is known as it is
+                pending.extend(node.all_input_nodes)
     return sorted(needed)
+
+
+def _observed_sizes(given: Mapping[fx.Node, Any]) -> dict[sympy.Symbol, int]:
+    """The symbols whose numbers show in the shapes of given inputs."""
+    found: dict[sympy.Symbol, int] = {}
+    for node, tensor in given.items():
+        if node.op == "placeholder" and isinstance(tensor, Tensor):
+            for size, number in zip(node.meta["val"].shape, tensor.shape, strict=True):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
+                    found[size.node.expr] = number
+    return found
 
 
 def _assign_sizes(program: Program) -> dict[sympy.Symbol, int]:
@@ -183,5 +215,9 @@ def _assign_sizes(program: Program) -> dict[sympy.Symbol, int]:
                 new = sorted(size.node.expr.free_symbols - set(symbols), key=str)
                 symbols.extend(new)
     numbers = {symbol: _SIZES[i % len(_SIZES)] for i, symbol in enumerate(symbols)}
-    identities = size_identities(program)
-    return numbers | {total: int(sizes.subs(numbers)) for total, sizes in identities.items()}
+    derived = {
+        total: int(sizes.subs(numbers))
+        for total, sizes in size_identities(program).items()
+        if total.is_Symbol
+    }
+    return numbers | derived

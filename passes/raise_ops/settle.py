@@ -7,6 +7,7 @@ import torch
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Exact, Pass, PassResult, Skip
+from qcompile.passes.raise_ops.regions import REASON
 
 aten = torch.ops.aten
 
@@ -15,7 +16,9 @@ BARRIERS = {
     aten.scaled_dot_product_attention.default: "attention that could not be raised",
     aten.rsqrt.default: "an inverse root that is no normalization",
 }
-"""Operators that raising should have consumed, and what it means when they are left."""
+"""Operators that raising should have consumed, and what it means when they are left.
+
+A pass that tried and failed says more in the node's ``meta[REASON]``."""
 
 
 class Settle(Pass):
@@ -28,7 +31,7 @@ class Settle(Pass):
         """Changes nothing."""
         del context
         skips = [
-            Skip(node.name, BARRIERS[node.target])  # type: ignore[index]
+            Skip(node.name, node.meta.get(REASON, BARRIERS[node.target]))  # type: ignore[index]
             for node in program.calls(*BARRIERS)
         ]
         return PassResult(skips=skips)

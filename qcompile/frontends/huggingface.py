@@ -10,19 +10,27 @@ later, on ATen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-import qcompile.ir.dialect  # noqa: F401  (registers qc::attention, which the trace calls)
 from qcompile.errors import MissingExtraError, ModelError
-
+from qcompile.frontends.checkpoint import open_checkpoint
 from qcompile.frontends.checkpoint_names import define_weights
-from qcompile.frontends.torch_export import evaluation_mode, export, unlifted_graph
+from qcompile.frontends.quantized import dequantized_source
+from qcompile.frontends.symbolic_trace import SymbolicTracer, Trace
+from qcompile.frontends.torch_export import QUIETABLE, evaluation_mode
+from qcompile.frontends.transformers_registries import (
+    functional_rotary_scaling,
+    own_attention,
+    traced_cache,
+    whole_operators,
+)
 from qcompile.ir.program import Program
 from qcompile.ir.types import Port, Provenance, Role, Signature
 from qcompile.ir.weights import MemorySource, TensorSource, WeightStore
@@ -30,11 +38,8 @@ from qcompile.ir.weights import MemorySource, TensorSource, WeightStore
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-ATTENTION = "qcompile"
-"""The name under which our attention is registered with transformers while tracing."""
-
-_BATCH, _QUERY, _PAST = 2, 3, 4
-"""Traced sizes: all at least 2, since `torch.export` specializes 0 and 1, and all different."""
+UNTRACEABLE = (ModelError, *QUIETABLE)
+"""What a trace raises that cannot follow a model."""
 
 ASSETS = (
     "tokenizer.json",
@@ -57,11 +62,7 @@ def capture_directory(path: Path, *, dequantize: bool = False) -> Program:
     Raises:
         ModelError: If something is missing, damaged or not supported; says what.
     """
-    from qcompile.frontends.quantized import dequantized_source
-
     config = load_config(path)
-    from qcompile.frontends.checkpoint import open_checkpoint
-
     source: TensorSource = open_checkpoint(path)
     source = dequantized_source(source, config.to_dict(), allow=dequantize)
     assets = {name: (path / name).read_bytes() for name in ASSETS if (path / name).is_file()}
@@ -175,9 +176,7 @@ def capture_shell(
     for buffer_name, buffer in shell.buffers.items():
         if buffer_name not in store:
             store.put(buffer_name, buffer)
-    with _attention_as_one_operator(shell.model):
-        cache = _cache_shapes(shell.model)
-        program = _trace(shell.model, cache, store, canonical)
+    program = _trace_model(shell.model, store, canonical)
     config = shell.model.config
     provenance = Provenance(
         name=name,
@@ -191,78 +190,153 @@ def capture_shell(
     return replace(program, provenance=provenance)
 
 
-class _Flat(nn.Module):
-    """The model as a function of flat tensors, with a cache that is given and returned."""
+def _trace_model(
+    model: PreTrainedModel, store: WeightStore, canonical: Mapping[str, str]
+) -> Program:
+    """Traces with a growing cache if the model keeps one that can be followed, else without."""
+    reason = None
+    if _may_keep_cache(model):
+        try:
+            return _trace_with_cache(model, store.copy(), canonical)
+        except UNTRACEABLE as error:
+            reason = _first_line(error)
+    program = _trace_plain(model, store, canonical)
+    if reason is not None:
+        note = f"captured without a key/value cache: {reason}"
+        program = replace(program, notes=(*program.notes, note))
+    return program
 
-    def __init__(self, model: nn.Module, arguments: tuple[str, ...], layers: int) -> None:
-        super().__init__()
-        self.model = model
-        self._arguments = arguments
-        self._layers = layers
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        named = dict(zip(self._arguments, tensors, strict=False))
-        past = tensors[len(self._arguments) :]
-        if not self._layers:
-            output = self.model(**named)
-            return tuple(value for value in _tensors_of(output))
-        cache = import_transformers().DynamicCache()
-        for layer in range(self._layers):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        output = self.model(**named, past_key_values=cache, use_cache=True)
-        flat = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return (output.logits, *flat)
+def _trace_with_cache(
+    model: PreTrainedModel, store: WeightStore, canonical: Mapping[str, str]
+) -> Program:
+    tracer = SymbolicTracer("batch", "query", "past")
+    arguments = _arguments(model)
+    if Role.ATTENTION_MASK.value not in arguments:
+        raise ModelError("its forward takes no attention_mask")
+    inputs = dict.fromkeys(arguments, ("batch", "query"))
+    inputs[Role.ATTENTION_MASK.value] = ("batch", "past + query")
+    layers: list[int] = []
+
+    def call(**tensors: Tensor) -> list[Tensor]:
+        ids, mask = tensors[Role.INPUT_IDS.value], tensors[Role.ATTENTION_MASK.value]
+        cache = traced_cache(mask.shape[1] - ids.shape[1])
+        output = model(**tensors, past_key_values=cache, use_cache=True)
+        layers[:] = sorted(cache.given)
+        grown = [t for i in layers for t in (cache.layers[i].keys, cache.layers[i].values)]
+        given = [tensor for i in layers for tensor in cache.given[i]]
+        return [output.logits, *grown, *given]
+
+    trace = _trace(tracer, model, inputs, call, store, canonical)
+    if not layers:
+        raise ModelError("it keeps no growing keys and values")
+    _results_to_inputs(trace.graph, 2 * len(layers))
+    ports = tuple(Port(argument, Role(argument)) for argument in arguments)
+    return Program(
+        trace.graph,
+        store,
+        Signature(
+            ports + _cache_ports(layers, Role.PAST_KEY, Role.PAST_VALUE, "past_key_values"),
+            (Port("logits", Role.LOGITS),)
+            + _cache_ports(layers, Role.PRESENT_KEY, Role.PRESENT_VALUE, "present"),
+        ),
+        notes=_notes(trace),
+    )
+
+
+def _trace_plain(
+    model: PreTrainedModel, store: WeightStore, canonical: Mapping[str, str]
+) -> Program:
+    tracer = SymbolicTracer("batch", "query")
+    arguments = _arguments(model)
+    options = {"use_cache": False} if _accepts(model, "use_cache") else {}
+
+    def call(**tensors: Tensor) -> list[Tensor]:
+        return list(_tensors_of(model(**tensors, **options)))
+
+    inputs = dict.fromkeys(arguments, ("batch", "query"))
+    try:
+        trace = _trace(tracer, model, inputs, call, store, canonical)
+    except UNTRACEABLE as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be traced: {_first_line(error)}",
+            remedy="capture it as a module: qcompile.capture(model, example_inputs=...)",
+        ) from error
+    ports = tuple(Port(argument, Role(argument)) for argument in arguments)
+    outputs = _plain_outputs(model, trace.graph)
+    return Program(trace.graph, store, Signature(ports, outputs), notes=_notes(trace))
 
 
 def _trace(
+    tracer: SymbolicTracer,
     model: PreTrainedModel,
-    cache: list[tuple[torch.Size, torch.Size]],
+    inputs: Mapping[str, tuple[str, ...]],
+    call: Callable[..., list[Tensor]],
     store: WeightStore,
     canonical: Mapping[str, str],
-) -> Program:
-    arguments = _arguments(model, with_cache=bool(cache))
-    flat = _Flat(model, arguments, len(cache))
-    batch, query, past = (
-        torch.export.Dim("batch", min=1),
-        torch.export.Dim("query", min=1),
-        torch.export.Dim("past", min=0),
+) -> Trace:
+    """Traces with attention and experts as whole operators, or as the model spells them."""
+
+    def run() -> Trace:
+        return tracer.trace(model, inputs, call, store, lambda name: canonical.get(name, name))
+
+    with evaluation_mode(model), functional_rotary_scaling(model):
+        try:
+            with whole_operators(model):
+                trace = run()
+            if _uses_our_attention(trace.graph):
+                return trace
+        except NotImplementedError:
+            pass  # attention with arguments that the operator does not have
+        with own_attention(model):
+            return run()
+
+
+def _uses_our_attention(graph: fx.Graph) -> bool:
+    """Whether attention is our operator throughout.
+
+    Where a model does not ask the registry, masks made for our attention are misread: they are
+    boolean, and the model may add them.
+    """
+    add = torch.ops.aten.add.Tensor
+    return any(node.target is torch.ops.qc.attention.default for node in graph.nodes) and not any(
+        node.target is add and len({_is_boolean(n) for n in node.all_input_nodes}) == 2
+        for node in graph.nodes
     )
-    tensors: list[Tensor] = []
-    shapes: list[dict[int, Any]] = []
-    for argument in arguments:
-        total = _QUERY + (_PAST if cache and argument == Role.ATTENTION_MASK.value else 0)
-        tensors.append(torch.ones(_BATCH, total, dtype=torch.int64, device="meta"))
-        mixed = cache and argument == Role.ATTENTION_MASK.value
-        shapes.append({0: batch, 1: torch.export.Dim.AUTO if mixed else query})
-    for key, value in cache:
-        for shape in (key, value):
-            tensors.append(torch.empty(_BATCH, shape[1], _PAST, shape[3], device="meta"))
-            shapes.append({0: batch, 2: past})
-    exported = export(flat, tuple(tensors), {}, (tuple(shapes),), type(model).__name__)
-    graph = unlifted_graph(
-        exported, store, lambda name: _strip(name, canonical)
-    )
-    inputs = tuple(Port(argument, Role(argument)) for argument in arguments) + _cache_ports(
-        len(cache), Role.PAST_KEY, Role.PAST_VALUE, "past_key_values"
-    )
-    if cache:
-        outputs = (Port("logits", Role.LOGITS),) + _cache_ports(
-            len(cache), Role.PRESENT_KEY, Role.PRESENT_VALUE, "present"
-        )
-    else:
-        outputs = _plain_outputs(model, graph)
-    return Program(graph, store, Signature(inputs, outputs))
 
 
-def _strip(name: str, canonical: Mapping[str, str]) -> str:
-    name = name.removeprefix("model.")
-    return canonical.get(name, name)
+def _is_boolean(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
-def _cache_ports(layers: int, key: Role, value: Role, prefix: str) -> tuple[Port, ...]:
+def _results_to_inputs(graph: fx.Graph, count: int) -> None:
+    """Makes the last `count` results inputs: they stand for tensors that a caller gives."""
+    output = next(reversed(graph.nodes))
+    results: Any = output.args[0]
+    output.args = (results[:-count],)
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
+    for i, result in enumerate(results[-count:]):
+        with graph.inserting_before(anchor):
+            given = graph.placeholder(f"past_{i}")
+        given.meta = dict(result.meta)
+        result.replace_all_uses_with(given)
+        graph.erase_node(result)
+
+
+def _notes(trace: Trace) -> tuple[str, ...]:
+    return tuple(f"captured for sizes with {text}" for text in trace.assumptions)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _cache_ports(layers: list[int], key: Role, value: Role, prefix: str) -> tuple[Port, ...]:
     return tuple(
         Port(f"{prefix}.{layer}.{kind}", role, layer)
-        for layer in range(layers)
+        for layer in layers
         for kind, role in (("key", key), ("value", value))
     )
 
@@ -275,65 +349,38 @@ def _plain_outputs(model: PreTrainedModel, graph: torch.fx.Graph) -> tuple[Port,
     for i, result in enumerate(results):
         shape = result.meta["val"].shape
         is_logits = i == 0 and len(shape) == 3 and shape[-1] == vocabulary
-        ports.append(
-            Port("logits", Role.LOGITS) if is_logits else Port(f"output_{i}", Role.TENSOR)
-        )
+        ports.append(Port("logits", Role.LOGITS) if is_logits else Port(f"output_{i}", Role.TENSOR))
     return tuple(ports)
 
 
-def _arguments(model: PreTrainedModel, *, with_cache: bool) -> tuple[str, ...]:
+def _arguments(model: PreTrainedModel) -> tuple[str, ...]:
     """Which of the known inputs the model's forward takes."""
-    import inspect
-
-    accepted = inspect.signature(model.forward).parameters
-    names = [Role.INPUT_IDS.value]
-    if Role.ATTENTION_MASK.value in accepted:
-        names.append(Role.ATTENTION_MASK.value)
-    if with_cache and Role.POSITION_IDS.value in accepted:
-        names.append(Role.POSITION_IDS.value)
-    if Role.TOKEN_TYPE_IDS.value in accepted and not with_cache:
-        names.append(Role.TOKEN_TYPE_IDS.value)
-    if Role.INPUT_IDS.value not in accepted:
+    if not _accepts(model, Role.INPUT_IDS.value):
         raise ModelError(
             f"{type(model).__name__} does not take input_ids",
             remedy="capture it as a module: qcompile.capture(model, example_inputs=...)",
         )
-    return tuple(names)
+    wanted = [Role.INPUT_IDS, Role.ATTENTION_MASK]
+    if _generates(model):
+        wanted.append(Role.POSITION_IDS)
+    elif getattr(model.config, "type_vocab_size", 0):
+        wanted.append(Role.TOKEN_TYPE_IDS)
+    return tuple(role.value for role in wanted if _accepts(model, role.value))
 
 
-def _cache_shapes(model: PreTrainedModel) -> list[tuple[torch.Size, torch.Size]]:
-    """Shapes of keys and values per layer, seen by running the model on the meta device.
-
-    An empty list means that the model keeps no growing cache.
-    """
-    import inspect
-
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
-        return []
-    if getattr(model.config, "is_encoder_decoder", False) or not _is_decoder(model):
-        return []
-    cache = import_transformers().DynamicCache()
-    ids = torch.zeros(_BATCH, _QUERY, dtype=torch.int64, device="meta")
-    with torch.no_grad(), evaluation_mode(model):
-        model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    shapes = []
-    for layer in cache.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.dim() != 4 or keys.shape[2] != _QUERY:
-            return []
-        shapes.append((keys.shape, values.shape))
-    return shapes
+def _accepts(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
 
 
-def _is_decoder(model: PreTrainedModel) -> bool:
-    """Whether the class generates text; encoders accept a cache too, and ignore it."""
+def _generates(model: PreTrainedModel) -> bool:
+    """Whether the model generates text; encoders accept a cache and positions too."""
     can_generate = getattr(type(model), "can_generate", None)
     return bool(can_generate and can_generate())
+
+
+def _may_keep_cache(model: PreTrainedModel) -> bool:
+    is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+    return _generates(model) and _accepts(model, "past_key_values") and not is_encoder_decoder
 
 
 def _tensors_of(output: Any) -> Iterator[Tensor]:
@@ -360,79 +407,3 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _attention_as_one_operator(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, the model's attention is `qc.attention`, where the model lets it be."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, _mask)
-    configs = _configs(model.config)
-    before = [config._attn_implementation for config in configs]
-    for config in configs:
-        config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        for config, implementation in zip(configs, before, strict=True):
-            config._attn_implementation = implementation
-
-
-def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    nested = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
-    return [config] + [found for child in nested if child is not None for found in _configs(child)]
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    position_bias: Tensor | None = None,
-    **rest: object,
-) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls, as one operator."""
-    del dropout, rest
-    if is_causal is None:
-        is_causal = bool(getattr(module, "is_causal", True))
-    if position_bias is not None:
-        attention_mask = _with_bias(attention_mask, position_bias)
-    output = torch.ops.qc.attention(
-        query,
-        key,
-        value,
-        attention_mask,
-        None,
-        s_aux,
-        query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        is_causal and attention_mask is None,
-        0,
-        float(softcap or 0.0),
-    )
-    return output.transpose(1, 2), None
-
-
-def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
-    if mask is None:
-        return bias
-    if mask.dtype == torch.bool:
-        return torch.where(mask, bias, torch.finfo(bias.dtype).min)
-    return mask + bias
-
-
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The boolean mask, always spelled out, so that it can be recognized by probing."""
-    from transformers.masking_utils import sdpa_mask
-
-    kwargs["allow_is_causal_skip"] = False
-    kwargs["allow_is_bidirectional_skip"] = False
-    mask: Tensor | None = sdpa_mask(*args, **kwargs)
-    return mask

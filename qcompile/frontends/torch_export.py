@@ -11,9 +11,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from qcompile.errors import ModelError
-from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
-from qcompile.ir.types import Port, Provenance, Role, Signature
+from qcompile.ir.types import Port, Provenance, Signature
 from qcompile.ir.weights import MemorySource, Source, TensorSpec, WeightStore
 
 
@@ -38,7 +37,9 @@ def capture_module(model: nn.Module, example_inputs: Any) -> Program:
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for value, node in zip(flat_inputs, placeholders, strict=True):
         if not isinstance(value, Tensor):
-            raise ModelError(f"example input '{node.name}' is a {type(value).__name__}, not a tensor")
+            raise ModelError(
+                f"example input '{node.name}' is a {type(value).__name__}, not a tensor"
+            )
     output_tree = exported.call_spec.out_spec
     results = list(next(reversed(graph.nodes)).args[0])
     if any(not isinstance(result, fx.Node) for result in results):
@@ -82,7 +83,7 @@ def export(
         ) from error
 
 
-QUIETABLE = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError)
+QUIETABLE = (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError)
 """What `torch.export` raises for models it cannot trace."""
 
 
@@ -122,7 +123,19 @@ def unlifted_graph(
     results = fx.node.map_arg(output.args[0], lambda node: mapping[node])
     flat, _ = pytree.tree_flatten(results)
     graph.output(tuple(flat))
+    _move_to_meta(graph, fake_mode)
     return graph
+
+
+def _move_to_meta(graph: fx.Graph, fake_mode: Any) -> None:
+    """A program has no device: all its fake values are on the meta device."""
+    for node in graph.nodes:
+        with fake_mode:
+            node.meta["val"] = pytree.tree_map_only(
+                Tensor,
+                lambda value: value if value.is_meta else torch.empty_like(value, device="meta"),
+                node.meta.get("val"),
+            )
 
 
 def _inline(
@@ -143,7 +156,9 @@ def _inline(
             if isinstance(value, nn.Module):
                 mapping[node] = value
             else:
-                mapping[node] = _weight_node(graph, store, rename, str(node.target), value, fake_mode)
+                mapping[node] = _weight_node(
+                    graph, store, rename, str(node.target), value, fake_mode
+                )
         elif node.op == "call_function" and _is_wrapper(node.target):
             mapping[node] = _inline_wrapper(node, graph, mapping, store, rename, fake_mode)
         elif node.op == "call_function" and _reads_wrapper(node, mapping):

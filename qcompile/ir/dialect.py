@@ -16,10 +16,13 @@ from torch.library import infer_schema
 
 from qcompile.kernels.attention.reference import attention as _attention
 from qcompile.kernels.dequantize.reference import dequantize as _dequantize
+from qcompile.kernels.experts.reference import experts as _experts
+from qcompile.kernels.gated_act.reference import ACTIVATIONS as ACTIVATIONS
 from qcompile.kernels.gated_act.reference import act as _act
 from qcompile.kernels.gated_act.reference import gated_act as _gated_act
 from qcompile.kernels.kv_append.reference import kv_append as _kv_append
 from qcompile.kernels.layer_norm.reference import layer_norm as _layer_norm
+from qcompile.kernels.quantize.groups import group_count
 from qcompile.kernels.quantize.reference import dynamic_scale as _dynamic_scale
 from qcompile.kernels.quantize.reference import quantize as _quantize
 from qcompile.kernels.rms_norm.reference import rms_norm as _rms_norm
@@ -108,13 +111,41 @@ def _like_first(x: Tensor, *rest: object, **named: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def _append_shape(past: Tensor, new: Tensor) -> Tensor:
+    batch, heads, length, width = past.shape
+    return past.new_empty((batch, heads, length + new.shape[2], width))
+
+
+def _scale_shape(x: Tensor, bits: int, group_size: int) -> Tensor:
+    del bits
+    groups = group_count(x.shape[-1], group_size)
+    return torch.empty((*x.shape[:-1], groups), dtype=_wide(x), device=x.device)
+
+
+def _codes_shape(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, group_size: int
+) -> Tensor:
+    del scale, bits, group_size
+    return torch.empty_like(x, dtype=torch.int8 if zero_point is None else torch.uint8)
+
+
+def _values_shape(codes: Tensor, scale: Tensor, *rest: object) -> Tensor:
+    del rest
+    return torch.empty_like(codes, dtype=_wide(scale))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 rms_norm = define(_rms_norm, shape=_like_first)
 layer_norm = define(_layer_norm, shape=_like_first)
 rope = define(_rope, shape=_like_first)
 attention = define(_attention, shape=_attention_shape)
 act = define(_act, shape=_like_first)
 gated_act = define(_gated_act, shape=_like_first)
-kv_append = define(_kv_append)
-dynamic_scale = define(_dynamic_scale)
-quantize = define(_quantize)
-dequantize = define(_dequantize)
+experts = define(_experts, shape=_like_first)
+kv_append = define(_kv_append, shape=_append_shape)
+dynamic_scale = define(_dynamic_scale, shape=_scale_shape)
+quantize = define(_quantize, shape=_codes_shape)
+dequantize = define(_dequantize, shape=_values_shape)
