@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-import sympy  # type: ignore[import-untyped]
+import sympy
 from torch import Tensor
 
 from qcompile.backends.onnx.values import Axis, expression, static_size

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from torch.utils._sympy import functions as torch_sympy
 
