@@ -6,11 +6,17 @@
 //     codes: for every 8 k, 16 * bits bytes
 //   }
 //
-// 8 bits: 64 bytes per 4 k, byte 4 * column + k. 4 bits: 64 bytes per 8 k, of which the low nibbles
-// are k = 0..3 and the high nibbles k = 4..7 of the same picture. The last group is padded along K
-// to a multiple of 8 with its zero point, N to a multiple of 16 with scale 0. One 64-byte vector
-// thus holds 4 consecutive k of 16 columns: what a dot product of bytes wants, with no sums across
-// lanes, and scales in the same stream as their codes.
+// The codes of 8 k are a picture of 128 bytes, one per code, of which 64 * (k / 4) + 4 * column +
+// k % 4 is that of (column, k). It is stored in planes: their widths are the powers of two that add
+// up to `bits`, widest first, and the first has the lowest bits of the codes. A plane of `width`
+// bits is 16 * width bytes long, and so are the 8 / width parts that it cuts the picture in: part t
+// has bits [t * width, (t + 1) * width) of every byte. 4 bits are thus 64 bytes whose low nibbles
+// are k = 0..3 and whose high nibbles are k = 4..7; 6 bits are these and 32 bytes with the codes'
+// upper two bits.
+//
+// The last group is padded along K to a multiple of 8 with its zero point, N to a multiple of 16
+// with scale 0. One 64-byte half of the picture holds 4 consecutive k of 16 columns: what a dot
+// product of bytes wants, with no sums across lanes, and scales in the same stream as their codes.
 #ifndef QCOMPILE_CPU_PACKED_LAYOUT_H_
 #define QCOMPILE_CPU_PACKED_LAYOUT_H_
 

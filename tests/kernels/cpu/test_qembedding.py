@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear
+from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES, pack_linear
 
 N, K, GROUP = 37, 75, 32
 
@@ -33,7 +33,7 @@ def attributes(bits: int, zeros: bool, scale_dtype: str) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 def test_rows_are_exact(run_node, bits, zeros, scale_dtype) -> None:

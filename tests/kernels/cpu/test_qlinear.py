@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, ScaleDtype, pack_linear
+from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES, ScaleDtype, pack_linear
 
 # Both sides add the same products in float32, in different orders: the error is a few roundings
 # of the partial sums (2^-24 each), relative to the largest output.
@@ -132,7 +132,7 @@ def activations(rows: int, k: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("act", ["float", "int8_token", "int8_group"])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
 @pytest.mark.parametrize("group_size", [0, 16, 32, 64, 128])
 def test_groups_match_oracle(run_node, isa, act, bits, group_size) -> None:
     # K = 200 leaves a short last group for 16, 32, 64 and 128; N is no multiple of 16.
@@ -158,9 +158,19 @@ def test_scale_types_and_zero_points_match_oracle(
 
 
 @pytest.mark.parametrize("act", ["float", "int8_token", "int8_group"])
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_wide_and_partial_blocks_match_oracle(run_node, isa, act, bits) -> None:
+    # 130 columns: wide, narrow and partial column blocks. K = 131 is no multiple of 8.
+    weight = Weight.random(130, 131, bits=bits, group_size=64, zeros=True)
+    for rows in (1, 2, 9):
+        x = activations(rows, 131)
+        (y,) = run_node("QLinear", [x, weight.packed()], act=act, **weight.attributes())
+        assert relative_error(y, oracle(x, weight, act)) < TOLERANCE
+
+
+@pytest.mark.parametrize("act", ["float", "int8_token", "int8_group"])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_number_of_rows_matches_oracle(run_node, isa, act, bits) -> None:
-    # 130 columns: wide, narrow and partial column blocks. K = 131 is no multiple of 8.
     weight = Weight.random(130, 131, bits=bits, group_size=64, zeros=True)
     x = activations(33, 131)
     expected = oracle(x, weight, act)
@@ -178,14 +188,16 @@ def test_many_rows_and_long_groups_match_oracle(run_node, isa, act) -> None:
 
 
 @pytest.mark.parametrize("act", ["float", "int8_token"])
-def test_extreme_codes_do_not_saturate(run_node, isa, act) -> None:
-    # All codes 255 and all activations alike: the largest sums that instructions meet.
-    codes = np.full((16, 4096), 255, np.uint8)
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_extreme_codes_do_not_saturate(run_node, isa, act, bits) -> None:
+    # The largest codes and all activations alike: the largest sums that instructions meet.
+    largest = (1 << bits) - 1
+    codes = np.full((16, 4096), largest, np.uint8)
     zero = np.zeros((16, 1), np.uint8)
-    weight = Weight(codes, np.ones((16, 1), np.float32), zero, 8, 0, "float32")
+    weight = Weight(codes, np.ones((16, 1), np.float32), zero, bits, 0, "float32")
     x = np.full((1, 4096), 2.0, np.float32)
     (y,) = run_node("QLinear", [x, weight.packed()], act=act, **weight.attributes())
-    np.testing.assert_allclose(y, 255.0 * 2.0 * 4096, rtol=TOLERANCE)
+    np.testing.assert_allclose(y, largest * 2.0 * 4096, rtol=TOLERANCE)
 
 
 def test_leading_axes_bias_and_residual_are_kept(run_node, isa) -> None:
@@ -255,7 +267,8 @@ GOOD = {"N": 20, "K": 48, "bits": 4, "group_size": 16, "has_zero_point": 0, "sca
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 3}, "bits = 3 is not supported"),
+        ({"bits": 0}, "bits = 0 is not supported"),
+        ({"bits": 9}, "bits = 9 is not supported"),
         ({"group_size": 24}, "group_size = 24"),
         ({"group_size": -16}, "group_size = -16"),
         ({"scale_dtype": 3}, "scale_dtype = 3"),

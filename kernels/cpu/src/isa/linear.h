@@ -14,41 +14,46 @@ namespace {
 // How far ahead of the codes in use the next ones are asked for, in bytes.
 constexpr int64_t kPrefetch = 2048;
 
-template <int kBits, ScaleType kScale, bool kZero>
-struct Packed {
-  static constexpr int64_t kScaleBytes = kScale == ScaleType::kFloat32 ? 64 : 32;
-  static constexpr int64_t kHeaderBytes = kScaleBytes + (kZero ? kColumns : 0);
-  static constexpr int64_t kUnitBytes = kColumns * kBits;
+template <int kBits>
+constexpr int64_t kUnitBytes = kColumns * kBits;
 
-  static F Scales(const uint8_t* header) {
-    if constexpr (kScale == ScaleType::kFloat32) {
-      float scales[kColumns];
-      memcpy(scales, header, sizeof(scales));
-      return Load(scales);
-    } else if constexpr (kScale == ScaleType::kFloat16) {
+// One unit of codes: 8 consecutive k of 16 columns. The planes are the binary digits of kBits, and
+// each begins where those before it end: in the codes, and, 16 times as far, in the unit.
+template <int kBits>
+inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
+  static_assert(kBits >= 1 && kBits <= 8);
+  if constexpr ((kBits & 8) != 0) ReadPlane<8, 0>(p, first, second);
+  if constexpr ((kBits & 4) != 0) ReadPlane<4, 0>(p, first, second);
+  if constexpr ((kBits & 2) != 0) {
+    constexpr int kBefore = kBits & 4;
+    ReadPlane<2, kBefore>(p + kColumns * kBefore, first, second);
+  }
+  if constexpr ((kBits & 1) != 0) {
+    constexpr int kBefore = kBits & 6;
+    ReadPlane<1, kBefore>(p + kColumns * kBefore, first, second);
+  }
+}
+
+// What stands at the head of a group is read by branches that always go the same way: they cost
+// less than six times the code does.
+inline F ReadScales(const PackedLayout& layout, const uint8_t* header) {
+  switch (layout.scale_type) {
+    case ScaleType::kFloat16:
       return LoadHalf(header);
-    } else {
+    case ScaleType::kBfloat16:
       return LoadBrain(header);
-    }
+    case ScaleType::kFloat32:
+      break;
   }
+  float scales[kColumns];
+  memcpy(scales, header, sizeof(scales));
+  return Load(scales);
+}
 
-  static I ZeroPoints(const uint8_t* header) {
-    if constexpr (kZero) {
-      return LoadBytesAsInts(header + kScaleBytes);
-    } else {
-      return Set1(1 << (kBits - 1));
-    }
-  }
-
-  // -zero_point * sum: what the zero point takes from the product of the raw codes.
-  static I Correction(const uint8_t* header, int32_t sum) {
-    if constexpr (kZero) {
-      return LoadBytesAsInts(header + kScaleBytes) * Set1(-sum);
-    } else {
-      return Set1(-sum * (1 << (kBits - 1)));
-    }
-  }
-};
+inline I ReadZeroPoints(const PackedLayout& layout, const uint8_t* header) {
+  return layout.has_zero_point ? LoadBytesAsInts(header + layout.scale_bytes())
+                               : Set1(1 << (layout.bits - 1));
+}
 
 inline void StoreResult(const LinearTile& t, int64_t row, int64_t block, F sum) {
   const int64_t column = block * kColumns;
@@ -66,14 +71,13 @@ inline int32_t LoadFour(const int8_t* codes) {
 }
 
 // kRows rows by kBlocks column blocks; rows from `rows` on repeat the last one and are not stored.
-template <int kBits, ScaleType kScale, bool kZero, int kRows, int kBlocks>
+template <int kBits, int kRows, int kBlocks>
 void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t block) {
-  using P = Packed<kBits, kScale, kZero>;
   // Two sums per output where registers allow: the latency of one dot product is several cycles.
   constexpr int kChains = kRows * kBlocks <= kChainedOutputs ? 2 : 1;
   const PackedLayout& layout = *t.layout;
   const int64_t groups = layout.groups(), padded_k = layout.padded_k();
-  const int64_t block_bytes = layout.column_block_bytes();
+  const int64_t block_bytes = layout.column_block_bytes(), header_bytes = layout.header_bytes();
 
   const int8_t* a[kRows];
   const int32_t* sums[kRows];
@@ -96,21 +100,23 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
     const uint8_t* header = p;
     const int64_t units = layout.group_units(g);
     I dot[kRows][kBlocks][kChains];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b) {
-        dot[r][b][0] = P::Correction(header + b * block_bytes, sums[r][g]);
+    for (int b = 0; b < kBlocks; ++b) {
+      const I zero = ReadZeroPoints(layout, header + b * block_bytes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        // What zero points take from the product of the raw codes.
+        dot[r][b][0] = zero * Set1(-sums[r][g]);
         if constexpr (kChains == 2) dot[r][b][1] = ZeroI();
       }
     }
-    p += P::kHeaderBytes;
-    for (int64_t u = 0; u < units; ++u, k += kUnit, p += P::kUnitBytes) {
+    p += header_bytes;
+    for (int64_t u = 0; u < units; ++u, k += kUnit, p += kUnitBytes<kBits>) {
       Bytes first[kBlocks], second[kBlocks];
 #pragma GCC unroll 4
       for (int b = 0; b < kBlocks; ++b) {
         Unpack<kBits>(p + b * block_bytes, &first[b], &second[b]);
-        for (int64_t line = 0; line < P::kUnitBytes; line += 64) {
+        for (int64_t line = 0; line < kUnitBytes<kBits>; line += 64) {
           __builtin_prefetch(p + b * block_bytes + line + kPrefetch);
         }
       }
@@ -127,7 +133,7 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
     }
 #pragma GCC unroll 4
     for (int b = 0; b < kBlocks; ++b) {
-      const F weight_scale = P::Scales(header + b * block_bytes);
+      const F weight_scale = ReadScales(layout, header + b * block_bytes);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         I exact = dot[r][b][0];
@@ -143,25 +149,25 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
 }
 
 // All rows of the tile over kBlocks column blocks, which stay in cache from one pass to the next.
-template <int kBits, ScaleType kScale, bool kZero, int kBlocks>
+template <int kBits, int kBlocks>
 inline void LinearInt8Columns(const LinearTile& t, int64_t block) {
   constexpr int kMost = kLinearRows;
   for (int64_t row = t.row_begin; row < t.row_end; row += kMost) {
     const int64_t rows = Least(kMost, t.row_end - row);
     if (rows == 1) {
-      LinearInt8Block<kBits, kScale, kZero, 1, kBlocks>(t, row, rows, block);
+      LinearInt8Block<kBits, 1, kBlocks>(t, row, rows, block);
     } else if (rows == 2) {
-      LinearInt8Block<kBits, kScale, kZero, 2, kBlocks>(t, row, rows, block);
+      LinearInt8Block<kBits, 2, kBlocks>(t, row, rows, block);
     } else if (rows <= 4 || kMost == 4) {
-      LinearInt8Block<kBits, kScale, kZero, 4, kBlocks>(t, row, rows, block);
+      LinearInt8Block<kBits, 4, kBlocks>(t, row, rows, block);
     } else {
-      LinearInt8Block<kBits, kScale, kZero, kMost, kBlocks>(t, row, rows, block);
+      LinearInt8Block<kBits, kMost, kBlocks>(t, row, rows, block);
     }
   }
 }
 
 struct LinearInt8Kernel {
-  template <int kBits, ScaleType kScale, bool kZero>
+  template <int kBits>
   static void Run(const LinearTile& t) {
     // Few rows are bound by memory: several column blocks, hence several streams, at a time.
     const int64_t rows = t.row_end - t.row_begin;
@@ -169,23 +175,23 @@ struct LinearInt8Kernel {
     int64_t block = t.block_begin;
     if constexpr (kWideBlocks >= 4) {
       for (; wide >= 4 && block + 4 <= t.block_end; block += 4) {
-        LinearInt8Block<kBits, kScale, kZero, 1, 4>(t, t.row_begin, 1, block);
+        LinearInt8Block<kBits, 1, 4>(t, t.row_begin, 1, block);
       }
     }
     if constexpr (kWideBlocks >= 2) {
       for (; wide >= 2 && block + 2 <= t.block_end; block += 2) {
-        LinearInt8Columns<kBits, kScale, kZero, 2>(t, block);
+        LinearInt8Columns<kBits, 2>(t, block);
       }
     }
-    for (; block < t.block_end; ++block) LinearInt8Columns<kBits, kScale, kZero, 1>(t, block);
+    for (; block < t.block_end; ++block) LinearInt8Columns<kBits, 1>(t, block);
   }
 };
 
 // Float activations, few rows: weights go from registers straight into the product.
-template <int kBits, ScaleType kScale, bool kZero, int kRows>
+template <int kBits, int kRows>
 void LinearFloatRows(const LinearTile& t, int64_t row, int64_t rows, int64_t block) {
-  using P = Packed<kBits, kScale, kZero>;
   const PackedLayout& layout = *t.layout;
+  const int64_t header_bytes = layout.header_bytes();
   const float* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = t.x + (row + Least(r, rows - 1)) * t.x_stride;
   const uint8_t* p = t.weight + block * layout.column_block_bytes();
@@ -194,17 +200,17 @@ void LinearFloatRows(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
 
   int64_t k = 0;
   for (int64_t g = 0; g < layout.groups(); ++g) {
-    const F scale = P::Scales(p);
-    const I zero = P::ZeroPoints(p);
+    const F scale = ReadScales(layout, p);
+    const I zero = ReadZeroPoints(layout, p);
     const int64_t units = layout.group_units(g);
-    p += P::kHeaderBytes;
+    p += header_bytes;
     F part[kRows][4];
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) part[r][j] = Zero();
     }
-    for (int64_t u = 0; u < units; ++u, p += P::kUnitBytes) {
+    for (int64_t u = 0; u < units; ++u, p += kUnitBytes<kBits>) {
       __builtin_prefetch(p + kPrefetch);
       Bytes codes[2];
       Unpack<kBits>(p, &codes[0], &codes[1]);
@@ -230,20 +236,20 @@ void LinearFloatRows(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
 }
 
 // Weights of `begin` <= k < `end` of one column block to floats, [end - begin][16] in `out`.
-template <int kBits, ScaleType kScale, bool kZero>
+template <int kBits>
 inline void DequantizeBlock(const LinearTile& t, int64_t block, int64_t begin, int64_t end,
                             float* out, int64_t out_stride) {
-  using P = Packed<kBits, kScale, kZero>;
   const PackedLayout& layout = *t.layout;
   const uint8_t* head = t.weight + block * layout.column_block_bytes();
   for (int64_t k = begin; k < end;) {
     const int64_t g = k / layout.group_size, group_begin = g * layout.group_size;
     const int64_t stop = Least(end, group_begin + layout.group_units(g) * kUnit);
     const uint8_t* header = head + g * layout.group_bytes();
-    const F scale = P::Scales(header);
-    const I zero = P::ZeroPoints(header);
-    const uint8_t* p = header + P::kHeaderBytes + (k - group_begin) / kUnit * P::kUnitBytes;
-    for (; k < stop; k += kUnit, p += P::kUnitBytes) {
+    const F scale = ReadScales(layout, header);
+    const I zero = ReadZeroPoints(layout, header);
+    const uint8_t* p =
+        header + layout.header_bytes() + (k - group_begin) / kUnit * kUnitBytes<kBits>;
+    for (; k < stop; k += kUnit, p += kUnitBytes<kBits>) {
       Bytes codes[2];
       Unpack<kBits>(p, &codes[0], &codes[1]);
 #pragma GCC unroll 2
@@ -258,15 +264,15 @@ inline void DequantizeBlock(const LinearTile& t, int64_t block, int64_t begin, i
 }
 
 struct LinearFloatKernel {
-  template <int kBits, ScaleType kScale, bool kZero>
+  template <int kBits>
   static void Run(const LinearTile& t) {
     const int64_t rows = t.row_end - t.row_begin;
     if (rows <= 4) {
       for (int64_t block = t.block_begin; block < t.block_end; ++block) {
         if (rows == 1) {
-          LinearFloatRows<kBits, kScale, kZero, 1>(t, t.row_begin, rows, block);
+          LinearFloatRows<kBits, 1>(t, t.row_begin, rows, block);
         } else {
-          LinearFloatRows<kBits, kScale, kZero, 4>(t, t.row_begin, rows, block);
+          LinearFloatRows<kBits, 4>(t, t.row_begin, rows, block);
         }
       }
       return;
@@ -282,8 +288,7 @@ struct LinearFloatKernel {
       for (int64_t k = 0; k < padded_k; k += kLinearFloatDepth) {
         const int64_t end = Least(k + kLinearFloatDepth, padded_k);
         for (int64_t b = 0; b < blocks; ++b) {
-          DequantizeBlock<kBits, kScale, kZero>(t, block + b, k, end, panel + b * kColumns,
-                                                kStride);
+          DequantizeBlock<kBits>(t, block + b, k, end, panel + b * kColumns, kStride);
         }
         const float* x = t.x + t.row_begin * t.x_stride + k;
         const Gemm product = {x, t.x_stride, panel, kStride, sums, kStride, end - k};
@@ -298,33 +303,25 @@ struct LinearFloatKernel {
   }
 };
 
-template <class Kernel, int kBits, ScaleType kScale>
-inline void WithZeroPoint(const LinearTile& t) {
-  if (t.layout->has_zero_point) {
-    Kernel::template Run<kBits, kScale, true>(t);
-  } else {
-    Kernel::template Run<kBits, kScale, false>(t);
-  }
-}
-
-template <class Kernel, int kBits>
-inline void WithScale(const LinearTile& t) {
-  switch (t.layout->scale_type) {
-    case ScaleType::kFloat32:
-      return WithZeroPoint<Kernel, kBits, ScaleType::kFloat32>(t);
-    case ScaleType::kFloat16:
-      return WithZeroPoint<Kernel, kBits, ScaleType::kFloat16>(t);
-    case ScaleType::kBfloat16:
-      return WithZeroPoint<Kernel, kBits, ScaleType::kBfloat16>(t);
-  }
-}
-
 template <class Kernel>
 void Linear(const LinearTile& t) {
-  if (t.layout->bits == 4) {
-    WithScale<Kernel, 4>(t);
-  } else {
-    WithScale<Kernel, 8>(t);
+  switch (t.layout->bits) {
+    case 1:
+      return Kernel::template Run<1>(t);
+    case 2:
+      return Kernel::template Run<2>(t);
+    case 3:
+      return Kernel::template Run<3>(t);
+    case 4:
+      return Kernel::template Run<4>(t);
+    case 5:
+      return Kernel::template Run<5>(t);
+    case 6:
+      return Kernel::template Run<6>(t);
+    case 7:
+      return Kernel::template Run<7>(t);
+    default:
+      return Kernel::template Run<8>(t);
   }
 }
 

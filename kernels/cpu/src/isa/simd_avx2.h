@@ -136,18 +136,49 @@ inline __m256i Load32(const uint8_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
 }
 
-template <int kBits>
-inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
-  if constexpr (kBits == 8) {
+// Moves every bit towards bit 0, or away from it; callers mask what crosses a byte.
+template <int kPlaces>
+inline __m256i ShiftRight(__m256i bytes) {
+  if constexpr (kPlaces >= 0) {
+    return _mm256_srli_epi16(bytes, kPlaces);
+  } else {
+    return _mm256_slli_epi16(bytes, -kPlaces);
+  }
+}
+
+template <int kShift, int kPlaces>
+inline void ReadBits(__m256i plane, int mask, __m256i* codes) {
+  const __m256i bits =
+      _mm256_and_si256(ShiftRight<kPlaces>(plane), _mm256_set1_epi8(static_cast<char>(mask)));
+  *codes = kShift == 0 ? bits : _mm256_or_si256(*codes, bits);
+}
+
+template <int kWidth, int kShift>
+inline void ReadPlane(const uint8_t* p, Bytes* first, Bytes* second) {
+  constexpr int kMask = ((1 << kWidth) - 1) << kShift;
+  if constexpr (kWidth == 8) {
     *first = {Load32(p), Load32(p + 32)};
     *second = {Load32(p + 64), Load32(p + 96)};
-  } else {
-    static_assert(kBits == 4);
+  } else if constexpr (kWidth == 4) {
     const __m256i lo = Load32(p), hi = Load32(p + 32);
-    const __m256i nibble = _mm256_set1_epi8(0x0f);
-    *first = {_mm256_and_si256(lo, nibble), _mm256_and_si256(hi, nibble)};
-    *second = {_mm256_and_si256(_mm256_srli_epi16(lo, 4), nibble),
-               _mm256_and_si256(_mm256_srli_epi16(hi, 4), nibble)};
+    ReadBits<kShift, 0 - kShift>(lo, kMask, &first->lo);
+    ReadBits<kShift, 0 - kShift>(hi, kMask, &first->hi);
+    ReadBits<kShift, 4 - kShift>(lo, kMask, &second->lo);
+    ReadBits<kShift, 4 - kShift>(hi, kMask, &second->hi);
+  } else {
+    __m256i quarters;  // of the picture, from bits 0, 2, 4 and 6
+    if constexpr (kWidth == 2) {
+      quarters = Load32(p);
+    } else {
+      // Eighths come in pairs, of which the second is one bit further up.
+      const __m128i plane = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      quarters = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(plane),
+                                   _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1));
+    }
+    ReadBits<kShift, 0 - kShift>(quarters, kMask, &first->lo);
+    ReadBits<kShift, 2 - kShift>(quarters, kMask, &first->hi);
+    ReadBits<kShift, 4 - kShift>(quarters, kMask, &second->lo);
+    ReadBits<kShift, 6 - kShift>(quarters, kMask, &second->hi);
   }
 }
 

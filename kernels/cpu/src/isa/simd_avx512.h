@@ -82,17 +82,44 @@ inline F LoadBrain(const uint8_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 
-template <int kBits>
-inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
-  if constexpr (kBits == 8) {
+// From each byte of a plane the bits that stand `right[i]` places above where they belong, i being
+// the 128-bit lane. A rotation also moves them up, and none of them leaves its byte.
+template <int kWidth, int kShift>
+inline void ReadBits(__m512i plane, __m512i right, Bytes* codes) {
+  constexpr int kMask = ((1 << kWidth) - 1) << kShift;
+  const __m512i moved = _mm512_rorv_epi32(plane, right);
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(kMask));
+  if constexpr (kShift == 0) {
+    codes->v = _mm512_and_si512(moved, mask);
+  } else {
+    constexpr int kOrAnd = 0xf8;  // a | (b & c)
+    codes->v = _mm512_ternarylogic_epi32(codes->v, moved, mask, kOrAnd);
+  }
+}
+
+template <int kWidth, int kShift>
+inline void ReadPlane(const uint8_t* p, Bytes* first, Bytes* second) {
+  if constexpr (kWidth == 8) {
     first->v = _mm512_loadu_si512(p);
     second->v = _mm512_loadu_si512(p + 64);
-  } else {
-    static_assert(kBits == 4);
-    const __m512i packed = _mm512_loadu_si512(p);
+  } else if constexpr (kWidth == 4) {
+    static_assert(kShift == 0);
+    const __m512i plane = _mm512_loadu_si512(p);
     const __m512i nibble = _mm512_set1_epi8(0x0f);
-    first->v = _mm512_and_si512(packed, nibble);
-    second->v = _mm512_and_si512(_mm512_srli_epi16(packed, 4), nibble);
+    first->v = _mm512_and_si512(plane, nibble);
+    second->v = _mm512_and_si512(_mm512_srli_epi16(plane, 4), nibble);
+  } else {
+    __m512i plane, places;
+    if constexpr (kWidth == 2) {
+      plane = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      places = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2);
+    } else {
+      plane = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      places = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    }
+    const __m512i right = _mm512_sub_epi32(places, _mm512_set1_epi32(kShift));
+    ReadBits<kWidth, kShift>(plane, right, first);
+    ReadBits<kWidth, kShift>(plane, _mm512_add_epi32(right, _mm512_set1_epi32(4)), second);
   }
 }
 

@@ -192,17 +192,19 @@ inline F LoadBrain(const uint8_t* p) {
   return r;
 }
 
-// One unit of codes: 8 consecutive k of 16 columns.
-template <int kBits>
-inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
-  if constexpr (kBits == 8) {
-    memcpy(first->v, p, 64);
-    memcpy(second->v, p + 64, 64);
-  } else {
-    static_assert(kBits == 4);
-    for (int i = 0; i < 64; ++i) {
-      first->v[i] = p[i] & 0x0f;
-      second->v[i] = p[i] >> 4;
+// Bits kShift and up of a unit of codes from a plane of kWidth bits; see packed_layout.h. Both
+// halves are written if kShift is 0, and added to otherwise.
+template <int kWidth, int kShift>
+inline void ReadPlane(const uint8_t* p, Bytes* first, Bytes* second) {
+  constexpr int kPart = 16 * kWidth;
+  constexpr int kMask = (1 << kWidth) - 1;
+  for (int byte = 0; byte < 128; byte += kPart < 64 ? kPart : 64) {
+    uint8_t* codes = byte < 64 ? first->v + byte : second->v + byte - 64;
+    const uint8_t* from = p + byte % kPart;
+    const int right = byte / kPart * kWidth;
+    for (int i = 0; i < kPart && i < 64; ++i) {
+      const int bits = (from[i] >> right & kMask) << kShift;
+      codes[i] = static_cast<uint8_t>(kShift == 0 ? bits : codes[i] | bits);
     }
   }
 }

@@ -15,7 +15,7 @@ inline PackedLayout ReadLayout(const Attributes& attributes) {
               layout.n <= kMostElements / layout.k,
           "N = ", layout.n, " and K = ", layout.k, " are no size of a weight");
   const int64_t bits = attributes.Int("bits");
-  Require(bits == 4 || bits == 8, "bits = ", bits, " is not supported; use 4 or 8");
+  Require(bits >= 1 && bits <= 8, "bits = ", bits, " is not supported; use 1 to 8");
   layout.bits = static_cast<int>(bits);
   const int64_t group_size = attributes.Int("group_size");
   Require(group_size >= 0 && group_size % 16 == 0, "group_size = ", group_size,

@@ -34,18 +34,29 @@ float ScaleOf(const PackedLayout& layout, const uint8_t* header, int64_t column)
                                                   : BitsToFloat(static_cast<uint32_t>(bits) << 16);
 }
 
+// Adds a plane of kWidth bits to the codes, from bit `shift` of each.
+template <int kWidth>
+void AddPlane(const uint8_t* plane, int64_t column, int shift, uint32_t four_codes[2]) {
+  constexpr int64_t kPart = 16 * kWidth;
+  constexpr uint32_t kMask = 0x01010101u * ((1u << kWidth) - 1);
+  for (int64_t half = 0; half < 2; ++half) {
+    const int64_t byte = 64 * half + 4 * column;
+    uint32_t word;
+    std::memcpy(&word, plane + byte % kPart, sizeof(word));
+    four_codes[half] |= (word >> byte / kPart * kWidth & kMask) << shift;
+  }
+}
+
 // The codes of 8 consecutive k of one column.
 void UnpackColumn(const PackedLayout& layout, const uint8_t* unit, int64_t column, uint8_t* codes) {
-  const uint8_t* first = unit + 4 * column;
-  if (layout.bits == 8) {
-    std::memcpy(codes, first, 4);
-    std::memcpy(codes + 4, first + 64, 4);
-    return;
-  }
-  for (int i = 0; i < 4; ++i) {
-    codes[i] = first[i] & 0x0f;
-    codes[4 + i] = first[i] >> 4;
-  }
+  // See packed_layout.h: what stands before a plane of width w are the digits of `bits` above w.
+  const int bits = layout.bits;
+  uint32_t four_codes[2] = {0, 0};
+  if ((bits & 8) != 0) AddPlane<8>(unit, column, 0, four_codes);
+  if ((bits & 4) != 0) AddPlane<4>(unit, column, 0, four_codes);
+  if ((bits & 2) != 0) AddPlane<2>(unit + kColumns * (bits & 4), column, bits & 4, four_codes);
+  if ((bits & 1) != 0) AddPlane<1>(unit + kColumns * (bits & 6), column, bits & 6, four_codes);
+  std::memcpy(codes, four_codes, sizeof(four_codes));
 }
 
 void DequantizeRow(const PackedLayout& layout, const uint8_t* weight, int64_t row, float multiplier,
