@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from tests.guides import assert_guide_is_true
 from torch import Tensor, nn
 
 from qcompile.frontends.torch_export import capture_module
@@ -70,19 +71,4 @@ def test_pass_leaves_layers_that_are_used_elsewhere(example: ModuleType) -> None
 
 
 def test_guide_is_true(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its Python blocks run in order; each text block is what the one before it prints."""
-    blocks = re.findall(
-        r"^```(python|text)\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert [kind for kind, _ in blocks].count("text") >= 4
-    namespace: dict[str, object] = {"__name__": "guide"}
-    printed = ""
-    for kind, block in blocks:
-        if kind == "python":
-            assert printed == "", f"the guide does not show what this prints:\n{printed}"
-            exec(compile(block, str(GUIDE), "exec"), namespace)
-            printed = capsys.readouterr().out
-        else:
-            assert block == printed
-            printed = ""
-    assert printed == ""
+    assert_guide_is_true(GUIDE, capsys)
