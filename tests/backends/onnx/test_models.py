@@ -8,6 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompile.frontends.huggingface import capture_model
+from qcompile.passes.canonicalize import canonicalize_phase
+from qcompile.passes.infra import PassManager
+from qcompile.passes.raise_ops import raise_phase
+
 
 class Logits(nn.Module):
     """The first result of a transformers model as a plain tensor."""
@@ -132,3 +137,25 @@ def test_program_that_is_not_canonical_equals_torch(onnx: Any) -> None:
     torch.manual_seed(0)
     model = TokenLogits(transformers.LlamaForCausalLM(config))
     onnx.check(model, tokens, atol=1e-5, canonical=False)
+
+
+@pytest.mark.parametrize("raised", [False, True])
+def test_decoder_with_cache_equals_program(onnx: Any, raised: bool) -> None:
+    """Prefill from an empty cache with left padding, then one step: the same model file."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**_SMALL, num_key_value_heads=1)
+    torch.manual_seed(0)
+    phases = [canonicalize_phase(), *([raise_phase()] if raised else [])]
+    program, _ = PassManager(phases).run(capture_model(transformers.LlamaForCausalLM(config)))
+    session = onnx.session(program)
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0
+    cache: tuple[Tensor, ...] | None = None
+    for seen, length in ((0, 5), (5, 1)):
+        ids = torch.randint(0, 50, (2, length))
+        inputs = program.bind(ids, mask[:, : seen + length], past_key_values=cache)
+        expected = program(ids, mask[:, : seen + length], past_key_values=cache)
+        found = [torch.from_numpy(value) for value in onnx.run(session, *inputs)]
+        valid = mask[:, seen : seen + length].bool()
+        torch.testing.assert_close(found[0][valid], expected[0][valid], rtol=1e-5, atol=1e-5)
+        cache = tuple(expected[1:])
