@@ -1,9 +1,9 @@
 """What a compilation takes and gives, foretold from shapes.
 
 The size is exact where the target can lay out its files without numbers. Memory and time are
-estimates: a handful of rates measured on one machine (two cores of a 2024 server CPU, local disk),
-good to a factor of two on a machine like it. They tell "seconds" from "an hour" and "fits" from
-"does not", before anything is computed.
+estimates for a compilation with all checks: a handful of rates measured on one machine (two cores
+of a 2024 server CPU, local disk), good to a factor of two on a machine like it. They tell
+"seconds" from "an hour" and "fits" from "does not", before anything is computed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qcompile.analysis.stages import stages
 from qcompile.ir.program import Program
 from qcompile.ir.weights import sources
 from qcompile.passes.quantize.bits import BitsReport
@@ -31,6 +32,9 @@ class Rates:
         base_bytes: The process with all libraries loaded.
         bytes_per_node: The trace and the graph.
         transient_weights: How many float32 copies of the largest weight exist at one time.
+        check_seconds_per_node: Proving rewrites on small inputs.
+        check_weights_per_second: Running the weights in float64, over all checked phases.
+        check_stages: How many stages' weights exist in float64 while whole programs are compared.
     """
 
     seconds_per_node: float = 0.012
@@ -41,6 +45,9 @@ class Rates:
     base_bytes: int = 450_000_000
     bytes_per_node: int = 120_000
     transient_weights: float = 1.5
+    check_seconds_per_node: float = 0.015
+    check_weights_per_second: float = 10e6
+    check_stages: int = 2
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,11 @@ def _seconds(
     )
     rounding = rates.mse_weights_per_second if searched else rates.absmax_weights_per_second
     quantized = sum(tensor.weights for tensor in bits.tensors if tensor.quantized)
+    weights = sum(tensor.weights for tensor in bits.tensors)
+    nodes = len(program.graph.nodes)
     return {
-        "graph": len(program.graph.nodes) * rates.seconds_per_node,
+        "graph": nodes * rates.seconds_per_node,
+        "check": nodes * rates.check_seconds_per_node + weights / rates.check_weights_per_second,
         "read": program.provenance.stored_bytes / rates.read_bytes_per_second,
         "quantize": quantized / rounding,
         "write": written / rates.write_bytes_per_second,
@@ -131,10 +141,14 @@ def _seconds(
 
 
 def _peak_memory(program: Program, planned: Program, rates: Rates) -> int:
-    """The codes of all weights are kept, one byte each; floats are read one weight at a time."""
+    """The codes of all weights are kept, one byte each; floats are read weight by weight, or, for
+    checks, stage by stage.
+    """
     store = planned.weights
     kept = sum(store.spec(name).bytes for name in store if not any(sources(store.expression(name))))
-    largest = max((program.weights.spec(name).elements for name in program.weights), default=0)
-    transient = 4 * rates.transient_weights * largest
+    elements = {name: program.weights.spec(name).elements for name in program.weights}
+    by_stage = [sum(elements[name] for name in stage.weights) for stage in stages(program)]
+    rounding = 4 * rates.transient_weights * max(elements.values(), default=0)
+    checking = 8 * rates.check_stages * max(by_stage, default=0)
     graph = len(program.graph.nodes) * rates.bytes_per_node
-    return int(rates.base_bytes + graph + kept + transient)
+    return int(rates.base_bytes + graph + kept + max(rounding, checking))
