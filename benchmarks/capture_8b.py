@@ -21,7 +21,8 @@ from torch import Tensor
 import qcompile.backends.cpu.target
 import qcompile.inspection  # noqa: F401  (its imports are no growth)
 from qcompile.frontends.huggingface import build_shell, capture_shell
-from qcompile.inspection import Inspection, inspect
+from qcompile.inspection import inspect
+from qcompile.inspection_records import Inspection
 from qcompile.inspection_tables import inspection_tables, preflight_tables
 from qcompile.ir.program import Program
 from qcompile.ir.weights import TensorSpec

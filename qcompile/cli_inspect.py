@@ -21,7 +21,7 @@ from qcompile.recipe import DEFAULT_RECIPE, parse_setting
 
 if TYPE_CHECKING:
     from qcompile.analysis.cost import Sizes
-    from qcompile.inspection import Inspection
+    from qcompile.inspection_records import Inspection
 
 
 def register(app: typer.Typer) -> None:
@@ -83,7 +83,8 @@ def inspect_command(
         _print_artifact(Path(model), as_json=json_)
         return
     overrides = _overrides(settings, recipe)
-    from qcompile.inspection import Inspection, inspect, phase_names
+    from qcompile.inspection import inspect, phase_names
+    from qcompile.inspection_records import Inspection
     from qcompile.recipe import load_recipe
 
     resolved = None if recipe is None else load_recipe(recipe, overrides)

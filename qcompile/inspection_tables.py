@@ -13,7 +13,7 @@ from qcompile.tables import Table
 if TYPE_CHECKING:
     from qcompile.artifact_inspection import ArtifactInspection
     from qcompile.estimates import Estimate
-    from qcompile.inspection import Inspection, PortSummary
+    from qcompile.inspection_records import Inspection, PortSummary
     from qcompile.legality import LayerVerdict, Preflight
     from qcompile.manifest import ValueInfo
 

@@ -17,13 +17,13 @@ from qcompile.backends.registry import get_target
 from qcompile.cli import main
 from qcompile.compiler import open_model
 from qcompile.errors import RecipeError
-from qcompile.inspection import (
+from qcompile.inspection import inspect
+from qcompile.inspection_records import (
     Barrier,
     Inspection,
     PhaseSummary,
     PortSummary,
     StageSummary,
-    inspect,
 )
 from qcompile.inspection_tables import artifact_tables, count_text, inspection_tables
 from qcompile.ir.program import Program
