@@ -349,7 +349,7 @@ def _targets(target: Any) -> frozenset[Any]:
     if isinstance(target, torch._ops.OpOverload) or target is operator.getitem:
         return frozenset({target})
     if isinstance(target, torch._ops.OpOverloadPacket):
-        names: list[str] = target.overloads()  # type: ignore[no-untyped-call]
+        names: list[str] = target.overloads()
         return frozenset(getattr(target, name) for name in names)
     name = getattr(target, "__name__", str(target))
     raise RuleError(

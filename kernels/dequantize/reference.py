@@ -13,7 +13,7 @@ from qcompile.kernels.quantize.groups import spread_groups
 def dequantize(
     codes: Tensor,
     scale: Tensor,
-    zero_point: Optional[Tensor],  # noqa: UP045
+    zero_point: Optional[Tensor],
     bits: int,
     group_size: int,
 ) -> Tensor:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("identity", "relu", "relu2", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "quick_gelu")
+ACTIVATIONS = (
+    "identity",
+    "relu",
+    "relu2",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "sigmoid",
+    "tanh",
+    "quick_gelu",
+)
+"""The kinds of activation that have a name."""
 
 
 def gated_act(gate: Tensor, up: Tensor, kind: str) -> Tensor:

@@ -35,7 +35,7 @@ def dynamic_scale(x: Tensor, bits: int, group_size: int) -> Tensor:
 def quantize(
     x: Tensor,
     scale: Tensor,
-    zero_point: Optional[Tensor],  # noqa: UP045
+    zero_point: Optional[Tensor],
     bits: int,
     group_size: int,
 ) -> Tensor:

@@ -22,8 +22,8 @@ def quantized_linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
-    zero_point: Optional[Tensor],  # noqa: UP045
-    bias: Optional[Tensor],  # noqa: UP045
+    zero_point: Optional[Tensor],
+    bias: Optional[Tensor],
     k: int,
     bits: int,
     group_size: int,
@@ -60,7 +60,7 @@ def quantized_embedding(
     ids: Tensor,
     packed: Tensor,
     scale: Tensor,
-    zero_point: Optional[Tensor],  # noqa: UP045
+    zero_point: Optional[Tensor],
     k: int,
     bits: int,
     group_size: int,

@@ -151,12 +151,14 @@ def _is_empty(operand: Any) -> bool:
 
 
 def _is_full_slice(node: fx.Node) -> bool:
-    _, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    defaults: tuple[Any, ...] = (0, None, None, 1)
+    given: tuple[Any, ...] = node.args
+    _, dim, start, end, step = (*given, *defaults[len(given) - 1 :])
     if start not in (0, None) or step != 1:
         return False
     if end is None or (isinstance(end, int) and end >= 2**62):
         return True
-    size = _node(node.args[0]).meta["val"].shape[dim]  # type: ignore[index]
+    size = _node(node.args[0]).meta["val"].shape[dim]
     if isinstance(end, fx.Node):
         return _same_size(end.meta["val"], size)
     return isinstance(size, int) and isinstance(end, int) and end >= size

@@ -93,10 +93,15 @@ def _fold(program: Program, node: fx.Node) -> str:
 
 
 def _as_function(node: fx.Node, operands: list[fx.Node]) -> Callable[..., Tensor]:
-    target, args, kwargs = node.target, node.args, node.kwargs
+    call: Any = node.target
+    args, kwargs = node.args, node.kwargs
     position = {operand: i for i, operand in enumerate(operands)}
+
     # Nodes are replaced by their positions now: the graph will not outlive this pass.
-    frozen = fx.node.map_arg((args, kwargs), lambda operand: _Operand(position[operand]))
+    def freeze(operand: fx.Node) -> Any:
+        return _Operand(position[operand])
+
+    frozen = fx.node.map_arg((args, kwargs), freeze)
 
     def function(*tensors: Tensor) -> Tensor:
         wide = tensors[0].dtype if tensors[0].is_floating_point() else None
@@ -106,8 +111,8 @@ def _as_function(node: fx.Node, operands: list[fx.Node]) -> Callable[..., Tensor
                 return tensors[value.position]
             return wide if value is torch.float32 and wide is not None else value
 
-        filled_args, filled_kwargs = fx.node.map_aggregate(frozen, fill)  # type: ignore[misc]
-        result: Tensor = target(*filled_args, **filled_kwargs)  # type: ignore[operator]
+        filled_args, filled_kwargs = fx.node.map_aggregate(frozen, fill)
+        result: Tensor = call(*filled_args, **filled_kwargs)
         return result
 
     return function

@@ -130,10 +130,11 @@ def _batched(editor: Editor, node: fx.Node) -> fx.Node | None:
             return editor.call(aten.matmul.default, *node.args)
     if node.target is not aten.baddbmm.default:
         return None
-    added, x, y = node.args
+    operands: tuple[Any, ...] = node.args
+    added, x, y = operands
     with editor.before(node):
         product = editor.call(aten.matmul.default, x, y)
-        terms = []
+        terms: list[fx.Node] = []
         for term, key in ((added, "beta"), (product, "alpha")):
             factor = node.kwargs.get(key, 1)
             terms.append(term if factor == 1 else editor.call(aten.mul.Tensor, term, factor))

@@ -75,7 +75,8 @@ def _record(result: PassResult, node: fx.Node, reason: str | None) -> None:
 def _raise_native(editor: Editor, node: fx.Node) -> str | None:
     """Replaces ATen's operator; returns a reason if that cannot be done."""
     defaults: tuple[Any, ...] = (None, 0.0, False)
-    query, key, value, *rest = node.args
+    arguments: tuple[Any, ...] = node.args
+    query, key, value, *rest = arguments
     mask, dropout, causal = (*rest, *defaults[len(rest) :])
     shapes = [_shape(operand) for operand in (query, key, value)]
     if any(len(shape) != 4 for shape in shapes):

@@ -151,13 +151,13 @@ def _match_norm(
 
 
 def _is_plain_root(anchor: fx.Node) -> bool:
-    return anchor.target is aten.sqrt.default or (
-        anchor.target is aten.pow.Tensor_Scalar and anchor.args[1] == 0.5
-    )
+    is_square_root = anchor.target is aten.pow.Tensor_Scalar and anchor.args[1] == 0.5
+    return anchor.target is aten.sqrt.default or bool(is_square_root)
 
 
 def _between(entry: fx.Node, anchor: fx.Node) -> list[fx.Node]:
-    found, pending = [], [anchor]
+    found: list[fx.Node] = []
+    pending = [anchor]
     while pending:
         node = pending.pop()
         if node is not entry and node not in found and len(found) < 32:

@@ -110,7 +110,7 @@ class _Rotation:
 
 
 def _raise(editor: Editor, probe: Probe, data: set[fx.Node], exit_node: fx.Node) -> fx.Node | None:
-    shape = getattr(exit_node.meta["val"], "shape", ())
+    shape: tuple[Any, ...] = getattr(exit_node.meta["val"], "shape", ())
     if exit_node not in data or len(shape) != 4:
         return None
     if not isinstance(shape[-1], int) or shape[-1] % 2 or shape[-1] < 2:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.program import Program
+from qcompile.ir.sizes import expression
 from qcompile.ir.verify import size_identities
 
 TOLERANCE = 1e-10
@@ -87,11 +88,12 @@ class Probe:
             return self._weight(str(node.target))
         if node.op != "call_function":
             raise NotClosedError(node.name)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-        args, kwargs = fx.node.map_aggregate(  # type: ignore[misc]
-            (args, kwargs), lambda v: torch.float64 if v is torch.float32 else v
+        call: Any = node.target
+        filled = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        args, kwargs = fx.node.map_aggregate(
+            filled, lambda v: torch.float64 if v is torch.float32 else v
         )
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return call(*args, **kwargs)
 
     def _weight(self, name: str) -> Tensor:
         if self.program.weights.spec(name).elements > _MAX_PROBED_WEIGHT:
@@ -161,7 +163,7 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 
 def snap(value: float, region: Iterable[fx.Node]) -> float:
-    """A fitted number, replaced by the literal in the region that it reproduces, if there is one."""
+    """A fitted number, replaced by the literal of the region that it reproduces, if any."""
     for node in region:
         for literal in (*node.args, *node.kwargs.values()):
             if isinstance(literal, float) and abs(literal - value) <= 1e-6 * abs(literal):
@@ -211,9 +213,8 @@ def _assign_sizes(program: Program) -> dict[sympy.Symbol, int]:
     for node in program.inputs:
         value = node.meta["val"]
         for size in value.shape if isinstance(value, Tensor) else ():
-            if isinstance(size, torch.SymInt):
-                new = sorted(size.node.expr.free_symbols - set(symbols), key=str)
-                symbols.extend(new)
+            new = expression(size).free_symbols - set(symbols)
+            symbols.extend(sorted(new, key=str))
     numbers = {symbol: _SIZES[i % len(_SIZES)] for i, symbol in enumerate(symbols)}
     derived = {
         total: int(sizes.subs(numbers))

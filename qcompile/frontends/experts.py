@@ -125,11 +125,8 @@ def _fit(run: Any, gate: Tensor, other: Tensor) -> tuple[str, float, float] | No
         agrees = True
         for scale in (1.0, 10.0):
             a, b = scale * gate, scale * other
-            if limit:
-                clamped = a.clamp(max=limit), b.clamp(min=-limit, max=limit)
-            else:
-                clamped = a, b
-            expected = act(clamped[0], kind) * (clamped[1] + offset)
+            bound = limit or float("inf")
+            expected = act(a.clamp(max=bound), kind) * (b.clamp(-bound, bound) + offset)
             agrees &= _close(run(a, b), expected)
         if agrees:
             return kind, limit, offset

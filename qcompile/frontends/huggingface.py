@@ -75,8 +75,10 @@ def capture_model(model: PreTrainedModel) -> Program:
     Args:
         model: Any dtype; the program computes in float32.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     source = MemorySource(tensors, identity=type(model).__name__)
     shell = build_shell(model.config, type(model))
     return capture_shell(shell, source, name=type(model).__name__, assets={})
@@ -237,8 +239,10 @@ def _trace_with_cache(
         store,
         Signature(
             ports + _cache_ports(layers, Role.PAST_KEY, Role.PAST_VALUE, "past_key_values"),
-            (Port("logits", Role.LOGITS),)
-            + _cache_ports(layers, Role.PRESENT_KEY, Role.PRESENT_VALUE, "present"),
+            (
+                Port("logits", Role.LOGITS),
+                *_cache_ports(layers, Role.PRESENT_KEY, Role.PRESENT_VALUE, "present"),
+            ),
         ),
         notes=_notes(trace),
     )
@@ -342,7 +346,7 @@ def _cache_ports(layers: list[int], key: Role, value: Role, prefix: str) -> tupl
 
 
 def _plain_outputs(model: PreTrainedModel, graph: torch.fx.Graph) -> tuple[Port, ...]:
-    """Ports of a model without a cache: the first output is logits if it is as wide as a vocabulary."""
+    """Ports of a model without a cache; a first output as wide as the vocabulary is logits."""
     results: Any = next(reversed(graph.nodes)).args[0]
     vocabulary = getattr(model.config, "vocab_size", None)
     ports = []
@@ -402,7 +406,7 @@ def _parameters_on_meta() -> Iterator[None]:
                 param.to("meta"), requires_grad=param.requires_grad
             )
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.amp.autocast_mode as autocast
 from torch import Tensor, fx, nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -26,9 +27,10 @@ from torch.fx.experimental.symbolic_shapes import (
 )
 
 from qcompile.errors import ModelError
+from qcompile.ir.sizes import expression as expression_of
 from qcompile.ir.weights import WeightStore
 
-MODES = frozenset({torch._C._set_grad_enabled, torch.amp._enter_autocast, torch.amp._exit_autocast})
+MODES = frozenset({torch._C._set_grad_enabled, autocast._enter_autocast, autocast._exit_autocast})
 """Calls that switch modes of eager execution; they mean nothing to a compiler."""
 
 CONSTANT = "constant_"
@@ -128,7 +130,7 @@ class SymbolicTracer:
 
     def _check_sizes(self) -> None:
         for name, size in self.sizes.items():
-            expression = self.environment.replace(size.node.expr)
+            expression = self.environment.replace(expression_of(size))
             if not expression.free_symbols:
                 raise ModelError(
                     f"the model works for {name} = {expression} only",
@@ -136,7 +138,7 @@ class SymbolicTracer:
                 )
 
     def _assumptions(self) -> tuple[str, ...]:
-        names = {str(size.node.expr): name for name, size in self.sizes.items()}
+        names = {str(expression_of(size)): name for name, size in self.sizes.items()}
         found = []
         for guard in self.environment.guards:
             text = str(guard.expr)

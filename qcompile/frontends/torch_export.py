@@ -185,8 +185,9 @@ def _inline_wrapper(
         for i, argument in enumerate(node.args)
         if isinstance(argument, fx.Node) and isinstance(mapping.get(argument), fx.GraphModule)
     )
-    body = mapping[node.args[position]]
-    operands = node.args[position + 1 :]
+    arguments: tuple[Any, ...] = node.args
+    body = mapping[arguments[position]]
+    operands = arguments[position + 1 :]
     inner: dict[fx.Node, Any] = {}
     placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
     for placeholder, operand in zip(placeholders, operands, strict=True):
@@ -251,8 +252,10 @@ def _fake_mode(graph: fx.Graph) -> Any:
 
 def _module_weights(model: nn.Module) -> tuple[WeightStore, Callable[[str], str]]:
     """A store over a live module's tensors, and the names of shared ones made one."""
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    tensors |= dict(model.named_buffers(remove_duplicate=False))
+    tensors: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     first_name: dict[int, str] = {}
     canonical = {name: first_name.setdefault(id(t), name) for name, t in tensors.items()}
     source = MemorySource({name: tensors[name] for name in first_name.values()})

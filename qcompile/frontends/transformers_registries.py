@@ -8,6 +8,7 @@ registry is traced as it is, and recognized later, on ATen.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ _RESTATED = frozenset({"position_ids", "cache_position"}) | {
 
 @contextlib.contextmanager
 def whole_operators(model: PreTrainedModel) -> Iterator[None]:
-    """While inside, the model's attention and experts are single operators where it lets them be."""
+    """While inside, attention and experts are single operators where the model lets them be."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -99,8 +100,8 @@ def traced_cache(past: Any) -> Any:
                 states = (key_states, value_states)
                 keys, values = (s.new_empty((*s.shape[:2], past, s.shape[3])) for s in states)
                 while len(self.layers) <= layer_idx:
-                    self.layers.append(TracedLayer())
-                layer = self.layers[layer_idx]
+                    self.layers.append(TracedLayer())  # type: ignore[no-untyped-call]
+                layer: Any = self.layers[layer_idx]
                 layer.dtype, layer.device = key_states.dtype, key_states.device
                 layer.keys, layer.values, layer.is_initialized = keys, values, True
                 self.given[layer_idx] = keys, values
@@ -150,10 +151,10 @@ def functional_rotary_scaling(model: PreTrainedModel) -> Iterator[None]:
 
     replaced = []
     for module in model.modules():
-        plain = getattr(type(module).forward, "__wrapped__", None)
         kind = getattr(module, "rope_type", None)
-        if plain is None or not isinstance(kind, str) or "dynamic" not in kind:
+        if not isinstance(kind, str) or "dynamic" not in kind:
             continue
+        plain = inspect.unwrap(type(module).forward)  # without the update that decorates it
         module.forward = _growing_rotary(module, plain, ROPE_INIT_FUNCTIONS[kind])
         replaced.append(module)
     try:

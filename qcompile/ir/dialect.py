@@ -33,7 +33,6 @@ NAMESPACE = "qc"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-
 def define(
     reference: Callable[..., Any],
     *,
@@ -94,9 +93,7 @@ def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> No
                 gradients[position] = gradient
         return tuple(gradients)
 
-    torch.library.register_autograd(
-        qualified, backward, setup_context=setup_context, lib=_library
-    )
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
 
 def _attention_shape(

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qcompile.errors import ModelError
-from qcompile.ir.types import Fact, Provenance, ProgramOutput, Role, Signature
+from qcompile.ir.types import Fact, ProgramOutput, Provenance, Role, Signature
 from qcompile.ir.weights import WeightStore
 
 
@@ -191,7 +191,9 @@ def _bind_language_model(
             case Role.POSITION_IDS:
                 bound.append(position_ids)
             case Role.TOKEN_TYPE_IDS:
-                bound.append(torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids)
+                bound.append(
+                    torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+                )
             case Role.PAST_KEY | Role.PAST_VALUE:
                 shape = node.meta["val"].shape
                 empty = torch.empty(batch, int(shape[1]), 0, int(shape[3]))
