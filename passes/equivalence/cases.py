@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.program import Program
+from qcompile.ir.sizes import expression
 from qcompile.ir.types import Port, Role
 from qcompile.ir.verify import size_identities
 
@@ -46,10 +47,8 @@ class Case:
 
     def size(self, size: int | torch.SymInt) -> int | None:
         """A size in numbers; None if it depends on data."""
-        if isinstance(size, int):
-            return size
-        value = size.node.expr.subs(self.sizes)
-        return int(value) if value.is_Integer else None
+        value = expression(size).subs(self.sizes)
+        return int(value) if value.is_Integer and value >= 0 else None
 
     def bind(self, program: Program) -> dict[fx.Node, Tensor]:
         """The value of each placeholder.
@@ -109,8 +108,9 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
     for node, port in ports:
         wanted = lengths.get(port.role, ())
         for size, number in zip(node.meta["val"].shape, wanted, strict=False):
-            if isinstance(size, torch.SymInt) and number is not None:
-                sizes.setdefault(size.node.expr, number)
+            symbol = expression(size)
+            if isinstance(symbol, sympy.Symbol) and number is not None:
+                sizes.setdefault(symbol, number)
     _assign_rest(program, sizes)
     shapes = {node: _numbers(node.meta["val"].shape, sizes) for node, _ in ports}
     generator = torch.Generator().manual_seed(seed)
@@ -135,8 +135,8 @@ def _plain_case(program: Program, seed: int, traced_sizes: bool) -> Case:
     sizes: dict[sympy.Symbol, int] = {}
     if traced_sizes:
         for size in _symbolic_sizes(program):
-            if isinstance(size.node.expr, sympy.Symbol) and size.node.hint is not None:
-                sizes[size.node.expr] = int(size.node.hint)
+            if isinstance(expression(size), sympy.Symbol) and size.node.hint is not None:
+                sizes[expression(size)] = int(size.node.hint)
     _assign_rest(program, sizes)
     generator = torch.Generator().manual_seed(seed)
     values = {
@@ -167,7 +167,7 @@ def _assign_rest(program: Program, sizes: dict[sympy.Symbol, int]) -> None:
     """Gives a number to every symbol that has none yet."""
     least: dict[sympy.Symbol, int] = {}
     for size in _symbolic_sizes(program):
-        for symbol in sorted(size.node.expr.free_symbols, key=str):
+        for symbol in sorted(expression(size).free_symbols, key=str):
             least.setdefault(symbol, int(size.node.shape_env.bound_sympy(symbol).lower))
     free = [symbol for symbol in least if symbol not in sizes]
     for i, symbol in enumerate(free):
@@ -177,9 +177,7 @@ def _assign_rest(program: Program, sizes: dict[sympy.Symbol, int]) -> None:
 
 
 def _numbers(shape: torch.Size, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
-    return tuple(
-        size if isinstance(size, int) else int(size.node.expr.subs(sizes)) for size in shape
-    )
+    return tuple(int(expression(size).subs(sizes)) for size in shape)
 
 
 def _random(node: fx.Node, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

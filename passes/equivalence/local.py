@@ -11,7 +11,7 @@ inputs, because rewrites rely on what they are.
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,41 +83,41 @@ def prove_locally(
 
 @dataclass
 class _Side:
-    """One of the two programs, and what of it has been computed."""
+    """One of the two programs, and what of it has been computed for each case."""
 
-    program: Program
     flow: Flow
     anatomy: Anatomy
     evaluator: Evaluator
-    static: dict[fx.Node, Any]
+    static: list[dict[fx.Node, Any]]
 
     @classmethod
-    def of(cls, program: Program, case: Case, weights: Weights) -> _Side:
+    def of(cls, program: Program, inputs: Sequence[Case], weights: Weights) -> _Side:
         flow = Flow(program)
-        bound: dict[fx.Node, Any] = dict(case.bind(program))
+        bound: list[dict[fx.Node, Any]] = [dict(case.bind(program)) for case in inputs]
         evaluator = Evaluator(program, flow.constant, weights)
-        return cls(program, flow, Anatomy(program, flow), evaluator, bound)
+        return cls(flow, Anatomy(program, flow), evaluator, bound)
 
-    def value(self, root: fx.Node, given: dict[fx.Node, Any]) -> Any:
-        """The value of a node from those given, which stand for content, and the inputs."""
-        env = {**given}
+    def value(self, root: fx.Node, given: Mapping[fx.Node, Any], case: int) -> Any:
+        """The value of a node from those given, which stand for content, and a case's inputs."""
+        env = dict(given)
+        static = self.static[case]
         stack = [root]
         while stack:
             node = stack[-1]
-            if node in env or node in self.static:
+            if node in env or node in static:
                 stack.pop()
                 continue
             operands = node.all_input_nodes
-            missing = [n for n in operands if n not in env and n not in self.static]
+            missing = [n for n in operands if n not in env and n not in static]
             if missing:
                 stack += missing
                 continue
-            scope = {n: env[n] if n in env else self.static[n] for n in operands}
+            scope = {n: env[n] if n in env else static[n] for n in operands}
             self.evaluator.run((node,), scope)
-            kept = env if node in self.flow.dynamic or node in self.flow.constant else self.static
+            kept = env if node in self.flow.dynamic or node in self.flow.constant else static
             kept[node] = scope[node]
             stack.pop()
-        return env[root] if root in env else self.static[root]
+        return env[root] if root in env else static[root]
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,12 @@ class _Proof:
     weights: Weights = field(default_factory=Weights)
 
     def __post_init__(self) -> None:
-        self.case = cases(self.before, self.seed)[-1]
+        self.cases = cases(self.before, self.seed)
         self.random = random.Random(self.seed)
         self.generator = torch.Generator().manual_seed(self.seed)
         self.numbers = Numbering(self.before, self.after)
         self.sides = [
-            _Side.of(program, self.case, self.weights) for program in (self.before, self.after)
+            _Side.of(program, self.cases, self.weights) for program in (self.before, self.after)
         ]
 
     def run(self) -> LocalProof:
@@ -248,27 +248,33 @@ class _Proof:
         if self.largest_weight is not None and region.elements > self.largest_weight:
             self.assumed += 1
             return True
-        given: dict[fx.Node, Any] = {}
-        for nodes in region.entries:
-            shape = _shape(self.case, nodes[0])
-            value = torch.randn(shape, generator=self.generator, dtype=torch.float64)
-            given |= dict.fromkeys(nodes, value)
+        self.regions += 1
         try:
-            found = [
-                side.value(node, given)
-                for side, node in zip(self.sides, (region.before, region.after), strict=True)
-            ]
+            errors = [self._error(region, case) for case in range(len(self.cases))]
         except CannotRunError:
             return False
         finally:
             if self.weights.live_bytes > _MAX_WEIGHT_BYTES:
                 self.weights.release()
-        self.regions += 1
-        error = difference(self.case, region.before, *found)
-        if error > self.tolerance or not is_telling(found[0]):
+        if any(error is None or error > self.tolerance for error in errors):
             return False
-        self.error = max(self.error, error)
+        self.error = max([self.error, *(error for error in errors if error is not None)])
         return True
+
+    def _error(self, region: _Region, number: int) -> float | None:
+        """How far apart the exits are in a case; None if the numbers there tell nothing."""
+        case = self.cases[number]
+        given: dict[fx.Node, Any] = {}
+        for nodes in region.entries:
+            shape = _shape(case, nodes[0])
+            value = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+            given |= dict.fromkeys(nodes, value)
+        old, new = self.sides
+        expected = old.value(region.before, given, number)
+        found = new.value(region.after, given, number)
+        if not is_telling(expected):
+            return None
+        return difference(case, region.before, expected, found)
 
     def _region(self, old: fx.Node, new: fx.Node, inner: set[int]) -> tuple[_Region, set[int]]:
         """The regions behind two values, cut at shared values that are not `inner`.
@@ -319,7 +325,7 @@ class _Proof:
             isinstance(value, Tensor)
             and value.dtype.is_floating_point
             and self.numbers.is_shared(node)
-            and all(self.case.size(size) is not None for size in value.shape)
+            and all(case.size(size) is not None for case in self.cases for size in value.shape)
         )
 
 

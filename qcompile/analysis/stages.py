@@ -213,7 +213,7 @@ def _segments(spine: Sequence[fx.Node], cuts: Sequence[int]) -> list[range]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a segment computes, roughly: operators in order, and whether it has matrices."""
+    """What a segment computes, roughly: its operators, sorted, and whether it has matrices."""
 
     operators: tuple[str, ...]
     has_matrices: bool
@@ -221,7 +221,7 @@ class _Kind:
 
 def _kind(flow: Flow, spine: Sequence[fx.Node], segment: range) -> _Kind:
     nodes = [spine[i] for i in segment]
-    operators = tuple(name for node in nodes if (name := _operator(node)) not in _TRIVIAL)
+    operators = tuple(sorted(name for node in nodes if (name := _operator(node)) not in _TRIVIAL))
     has_matrices = any(
         operand in flow.constant and _is_matrix(operand)
         for node in nodes
