@@ -7,7 +7,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 import torch
 
-from qcompile.backends.onnx.builder import Attribute, Builder
+from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.calls import Attribute
 from qcompile.backends.onnx.translation import Table
 from qcompile.backends.onnx.values import UnsupportedError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.onnx import sizes as size_arithmetic
+from qcompile.backends.onnx.calls import Attribute, Call, output_dtype, to_attribute
 from qcompile.backends.onnx.values import (
     Axis,
     Number,
@@ -32,31 +32,11 @@ from qcompile.backends.onnx.values import (
 )
 from qcompile.ir.weights import TensorSpec
 
-Attribute = bool | int | float | str | Sequence[int] | Sequence[float]
-"""What an attribute of an ONNX operator may be; None leaves the attribute out."""
-
 Input = Operand | Sequence[Size] | npt.NDArray[Any] | None
 """What `Builder.op` takes for an input: besides values, numbers (in the type of the first value),
 lists of sizes (as int64), arrays (as they are) and None for an input that is left out."""
 
 _INDEX_LIMIT = 2**63 - 1
-
-_BOOLEAN = frozenset(
-    {"Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or", "Xor", "Not"}
-    | {"IsNaN", "IsInf"}
-)
-_INTEGER = frozenset({"Shape", "ArgMax", "ArgMin", "NonZero"})
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A node of the model before it is known whether anything uses it."""
-
-    op_type: str
-    domain: str
-    inputs: tuple[ir.Value | None, ...]
-    outputs: tuple[ir.Value, ...]
-    attributes: tuple[ir.Attr, ...]
 
 
 class Builder:
@@ -352,8 +332,8 @@ class Builder:
         # some (SkipLayerNormFusion).
         while values and values[-1] is None:
             values = values[:-1]
-        made = tuple(self._new_value(dtype or _output_dtype(op_type, values)) for dtype in dtypes)
-        attrs = tuple(_attribute(k, v) for k, v in attributes.items() if v is not None)
+        made = tuple(self._new_value(dtype or output_dtype(op_type, values)) for dtype in dtypes)
+        attrs = tuple(to_attribute(k, v) for k, v in attributes.items() if v is not None)
         self.calls.append(Call(op_type, domain, values, made, attrs))
         return made
 
@@ -390,29 +370,6 @@ class Builder:
             self.weights[str(value.name)] = weight
             self._constants[key] = value
         return self._constants[key]
-
-
-def _output_dtype(op_type: str, inputs: Sequence[ir.Value | None]) -> ir.DataType:
-    if op_type in _BOOLEAN:
-        return ir.DataType.BOOL
-    if op_type in _INTEGER:
-        return ir.DataType.INT64
-    source = inputs[1] if op_type == "Where" else inputs[0]
-    if source is None or source.dtype is None:
-        raise AssertionError(f"the type of {op_type}'s output must be given")
-    return source.dtype
-
-
-def _attribute(name: str, value: Attribute) -> ir.Attr:
-    if isinstance(value, (bool, int)):
-        return ir.AttrInt64(name, int(value))
-    if isinstance(value, float):
-        return ir.AttrFloat32(name, value)
-    if isinstance(value, str):
-        return ir.AttrString(name, value)
-    if any(isinstance(item, float) for item in value):
-        return ir.AttrFloat32s(name, [float(item) for item in value])
-    return ir.AttrInt64s(name, [int(item) for item in value])
 
 
 def _same_shape(a: Sequence[Axis], b: Sequence[Axis]) -> bool:

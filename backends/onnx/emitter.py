@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.onnx.aten import ATEN
-from qcompile.backends.onnx.builder import Builder, Call
+from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.calls import Call
 from qcompile.backends.onnx.decompose import decompose
 from qcompile.backends.onnx.dialect import DIALECT
 from qcompile.backends.onnx.ports import DimensionNames

@@ -83,10 +83,9 @@ _SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_bert_equals_torch(onnx: Any, attention: str) -> None:
+def test_bert_equals_torch(onnx: Any) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(**_SMALL, attn_implementation=attention)
+    config = transformers.BertConfig(**_SMALL, attn_implementation="eager")
     torch.manual_seed(0)
     onnx.check(TokenLogits(transformers.BertModel(config)), tokens, atol=1e-5)
 
@@ -96,13 +95,6 @@ def test_gpt2_equals_torch(onnx: Any) -> None:
     config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, use_cache=False)
     torch.manual_seed(0)
     onnx.check(TokenLogits(transformers.GPT2LMHeadModel(config)), tokens, atol=1e-5)
-
-
-def test_llama_equals_torch(onnx: Any) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(**_SMALL, num_key_value_heads=1, use_cache=False)
-    torch.manual_seed(0)
-    onnx.check(TokenLogits(transformers.LlamaForCausalLM(config)), tokens, atol=1e-5)
 
 
 def test_vit_equals_torch(onnx: Any) -> None:
@@ -133,7 +125,8 @@ def test_transformer_encoder_layer_equals_torch(onnx: Any) -> None:
 def test_program_that_is_not_canonical_equals_torch(onnx: Any) -> None:
     """What the trace leaves behind (assertions, aliases, casts to the same type) is harmless."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(**_SMALL, num_key_value_heads=1, use_cache=False)
+    sizes = {**_SMALL, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, use_cache=False)
     torch.manual_seed(0)
     model = TokenLogits(transformers.LlamaForCausalLM(config))
     onnx.check(model, tokens, atol=1e-5, canonical=False)
