@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def capture_gguf(path: Path) -> Program:
         for name, tensor in shell.model.state_dict(keep_vars=True).items()
     }
     source = model.source(expected)
-    return capture_shell(shell, source, name=path.stem, assets=_gguf_assets(model))
+    program = capture_shell(shell, source, name=path.stem, assets=_gguf_assets(model))
+    program.provenance = replace(program.provenance, stored_bytes=model.stored_bytes)
+    return program
 
 
 def _gguf_assets(model: GgufModel) -> dict[str, bytes]:
