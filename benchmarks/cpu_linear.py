@@ -58,8 +58,10 @@ def codes_and_scale(setting: Setting, bits: int, group: int, seed: int) -> tuple
     groups = 1 if group == 0 else setting.k // group
     codes = rng.integers(0, 1 << bits, (setting.n, setting.k), dtype=np.uint8)
     deviation = (1 << bits) / 12**0.5
-    scale = np.float16(1 / (deviation * setting.k**0.5))
-    return codes, np.full((setting.n, groups), scale, np.float32)
+    scale = np.full((setting.n, groups), np.float16(1 / (deviation * setting.k**0.5)), np.float32)
+    # Codes lie half a step below zero in the mean. Rows of both signs keep that from adding up.
+    scale[1::2] *= -1
+    return codes, scale
 
 
 def ours(bits: int, group: int, act: str) -> Callable[[Setting, int, str, str], Layer]:
@@ -140,6 +142,7 @@ VARIANTS = {
     "qcompile int4 g128": ours(4, 128, "int8_token"),
     "qcompile int4 g32 float": ours(4, 32, "float"),
     "qcompile int8": ours(8, 0, "int8_token"),
+    **{f"qcompile int{bits} g64": ours(bits, 64, "int8_token") for bits in (1, 2, 3, 5, 6, 7, 8)},
     "MatMulNBits int4 g32": matmul_nbits(4, 32),
     "MatMulNBits int4 g64": matmul_nbits(4, 64),
     "MatMulNBits int4 g128": matmul_nbits(4, 128),

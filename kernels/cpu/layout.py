@@ -8,14 +8,21 @@ One format serves every instruction set, and is memory-mapped as it is:
       codes: 16 * bits bytes for every 8 k
     }
 
-8 bits: 64 bytes per 4 k, byte `4 * column + k`. 4 bits: 64 bytes per 8 k, whose low nibbles are
-k = 0..3 and whose high nibbles are k = 4..7 of the same picture. The last group is padded along K
-to a multiple of 8 with its zero point, N to a multiple of 16 with scale 0.
-`kernels/cpu/include/packed_layout.h` is the same in C++.
+The codes of 8 k are a picture of 128 bytes, one per code, of which `64 * (k // 4) + 4 * column +
+k % 4` is that of (column, k). It is stored in planes: their widths are the powers of two that add
+up to `bits`, widest first, and the first has the lowest bits of the codes. A plane of `width` bits
+is 16 * width bytes long, and so are the 8 / width parts that it cuts the picture in: part t has
+bits [t * width, (t + 1) * width) of every byte. 4 bits are thus 64 bytes whose low nibbles are
+k = 0..3 and whose high nibbles are k = 4..7; 6 bits are these and 32 bytes with the codes' upper
+two bits.
+
+The last group is padded along K to a multiple of 8 with its zero point, N to a multiple of 16 with
+scale 0. `kernels/cpu/include/packed_layout.h` is the same in C++.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,10 +35,11 @@ ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SCALE_DTYPES: tuple[ScaleDtype, ...] = ("float32", "float16", "bfloat16")
 """Names of the scale types; the index of one is the kernels' attribute `scale_dtype`."""
 
-PACKABLE_BITS = (4, 8)
+PACKABLE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 _COLUMNS = 16
 _UNIT = 8
+_PICTURE = _COLUMNS * _UNIT
 
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
@@ -66,7 +74,7 @@ def pack_linear(
         codes: [N, K] uint8, each below 2**bits.
         scale: [N, G], floats that `scale_dtype` holds exactly: codes were chosen for them.
         zero_point: [N, G] uint8, each below 2**bits; 2**(bits - 1) everywhere when absent.
-        bits: 4 or 8.
+        bits: 1 to 8.
         group_size: weights per scale along K, a multiple of 16; 0 for one group per row. The last
             group may be short.
         scale_dtype: how scales are stored.
@@ -246,26 +254,48 @@ def _check_codes(name: str, values: _Bytes, bits: int) -> None:
         raise ValueError(f"{name} hold {int(values.max())}, which {bits} bits do not")
 
 
+def _planes(bits: int) -> Iterator[tuple[int, int, slice]]:
+    """Width, lowest bit in the codes and bytes within a unit of each plane."""
+    lowest = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            yield width, lowest, slice(_COLUMNS * lowest, _COLUMNS * (lowest + width))
+            lowest += width
+
+
 def _fill_codes(out: _Bytes, codes: _Bytes, bits: int) -> None:
     """Writes [16 * blocks, groups * length] codes to [blocks, groups, bytes]."""
     blocks, groups, _ = out.shape
-    # 4 consecutive k travel as one little-endian word.
-    words = np.ascontiguousarray(codes).view("<u4").reshape(blocks, _COLUMNS, groups, -1)
-    if bits == 4:
-        words = words[..., 0::2] | (words[..., 1::2] << np.uint32(4))
+    # 4 consecutive k travel as one word.
+    words = np.ascontiguousarray(codes).view(np.uint32).reshape(blocks, _COLUMNS, groups, -1)
     words = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
-    out[...] = words.view(np.uint8).reshape(out.shape)
+    pictures = words.view(np.uint8).reshape(blocks, groups, -1, _PICTURE)
+    units = np.empty((*pictures.shape[:-1], _COLUMNS * bits), np.uint8)
+    for width, lowest, where in _planes(bits):
+        mask = np.uint8((1 << width) - 1)
+        parts = pictures.reshape(*pictures.shape[:-1], 8 // width, -1)
+        plane = units[..., where]
+        plane[...] = parts[..., 0, :] >> np.uint8(lowest) & mask
+        for part in range(1, 8 // width):
+            plane |= (parts[..., part, :] >> np.uint8(lowest) & mask) << np.uint8(part * width)
+    out[...] = units.reshape(out.shape)
 
 
 def _read_codes(packed: _Bytes, bits: int) -> _Bytes:
     """The inverse of `_fill_codes`."""
     blocks, groups, _ = packed.shape
-    words = np.ascontiguousarray(packed).view("<u4").reshape(blocks, groups, -1, _COLUMNS)
-    words = words.transpose(0, 3, 1, 2)
-    if bits == 4:
-        nibbles = np.uint32(0x0F0F0F0F)
-        words = np.stack([words & nibbles, (words >> np.uint32(4)) & nibbles], axis=-1)
-    return np.ascontiguousarray(words).view(np.uint8).reshape(blocks * _COLUMNS, -1)
+    units = np.ascontiguousarray(packed).reshape(blocks, groups, -1, _COLUMNS * bits)
+    pictures = np.zeros((*units.shape[:-1], _PICTURE), np.uint8)
+    for width, lowest, where in _planes(bits):
+        mask = np.uint8((1 << width) - 1)
+        parts = pictures.reshape(*pictures.shape[:-1], 8 // width, -1)
+        for part in range(8 // width):
+            parts[..., part, :] |= (units[..., where] >> np.uint8(part * width) & mask) << np.uint8(
+                lowest
+            )
+    words = pictures.view(np.uint32).reshape(blocks, groups, -1, _COLUMNS)
+    words = np.ascontiguousarray(words.transpose(0, 3, 1, 2))
+    return words.view(np.uint8).reshape(blocks * _COLUMNS, -1)
 
 
 def _encode_scales(scale: npt.NDArray[np.floating], scale_dtype: ScaleDtype) -> _Bytes:

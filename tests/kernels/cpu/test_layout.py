@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.kernels.cpu.layout import (
+    PACKABLE_BITS,
     SCALE_DTYPES,
     ScaleDtype,
     pack_linear,
@@ -47,6 +48,48 @@ def test_eight_bits_are_where_the_format_says() -> None:
         assert packed[64 + column // 4 * 64 + 4 * row + column % 4] == codes[row, column]
 
 
+def code_at(unit: np.ndarray, bits: int, k: int, lane: int) -> int:
+    """The code of k < 8 and a lane in a unit, read from the words of the format one bit plane
+    after the other."""
+    at = 64 * (k // 4) + 4 * lane + k % 4
+    code = lowest = 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            part, byte = divmod(at, 16 * width)
+            code |= (int(unit[16 * lowest + byte]) >> part * width) % (1 << width) << lowest
+            lowest += width
+    return code
+
+
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_codes_are_where_the_format_says(bits: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 1 << bits, (16, 24), dtype=np.uint8)
+    packed = pack_linear(codes, np.ones((16, 1), np.float16), bits=bits, group_size=0)
+    units = packed[32:].reshape(3, 16 * bits)
+    found = [[code_at(units[k // 8], bits, k % 8, lane) for k in range(24)] for lane in range(16)]
+    np.testing.assert_array_equal(found, codes)
+
+
+def test_six_bits_are_four_and_two() -> None:
+    codes = np.zeros((16, 8), np.uint8)
+    codes[3, 1] = 0b10_0000  # byte 13 of the picture: the first quarter
+    codes[9, 6] = 0b01_1000  # byte 102: upper nibbles, the last quarter
+    packed = pack_linear(codes, np.ones((16, 1), np.float16), bits=6, group_size=0)
+    expected = np.zeros(64 + 32, np.uint8)
+    expected[64 + 13] = 0b10
+    expected[102 - 64] = 0b1000 << 4
+    expected[64 + 102 - 96] = 0b01 << 6
+    np.testing.assert_array_equal(packed[32:], expected)
+
+
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_weights_take_their_bits_beside_the_scales(bits: int) -> None:
+    size = packed_size(
+        32, 128, bits=bits, group_size=64, has_zero_point=True, scale_dtype="float16"
+    )
+    assert size * 8 == 32 * 128 * bits + 32 * 2 * (16 + 8)
+
+
 def test_padding_is_zero_weight() -> None:
     # K = 20 pads to 24 with the zero point, N = 3 to 16 with scale 0.
     codes = np.full((3, 20), 9, np.uint8)
@@ -60,7 +103,7 @@ def test_padding_is_zero_weight() -> None:
 @given(
     n=st.integers(1, 40),
     k=st.integers(1, 150),
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from(PACKABLE_BITS),
     group_size=st.sampled_from([0, 16, 32, 48, 64, 128]),
     zeros=st.booleans(),
     scale_dtype=st.sampled_from(SCALE_DTYPES),
@@ -116,7 +159,9 @@ def _scale(value: float = 1.0, groups: int = 1) -> np.ndarray:
         ((_codes(), _scale(groups=2)), {}, "scale has shape"),
         ((_codes(), _scale(), np.zeros((4, 2), np.uint8)), {}, "zero_point must be"),
         ((_codes().astype(np.int32), _scale()), {}, "codes must be"),
-        ((_codes(), _scale()), {"bits": 3}, "bits = 3"),
+        ((_codes(), _scale()), {"bits": 0}, "bits = 0"),
+        ((_codes(), _scale()), {"bits": 9}, "bits = 9"),
+        ((_codes(8), _scale()), {"bits": 3}, "codes hold 8, which 3 bits do not"),
         ((_codes(), _scale()), {"group_size": 8}, "group_size = 8"),
         ((_codes(), _scale()), {"scale_dtype": "float64"}, "scale_dtype = 'float64'"),
         ((_codes()[:0], _scale()[:0]), {}, "cannot be packed"),

@@ -197,15 +197,15 @@ inline F LoadBrain(const uint8_t* p) {
 template <int kWidth, int kShift>
 inline void ReadPlane(const uint8_t* p, Bytes* first, Bytes* second) {
   constexpr int kPart = 16 * kWidth;
-  constexpr int kMask = (1 << kWidth) - 1;
-  for (int byte = 0; byte < 128; byte += kPart < 64 ? kPart : 64) {
+  constexpr uint64_t kMask = 0x0101010101010101u * ((1u << kWidth) - 1);
+#pragma GCC unroll 16
+  for (int byte = 0; byte < 128; byte += 8) {
     uint8_t* codes = byte < 64 ? first->v + byte : second->v + byte - 64;
-    const uint8_t* from = p + byte % kPart;
-    const int right = byte / kPart * kWidth;
-    for (int i = 0; i < kPart && i < 64; ++i) {
-      const int bits = (from[i] >> right & kMask) << kShift;
-      codes[i] = static_cast<uint8_t>(kShift == 0 ? bits : codes[i] | bits);
-    }
+    uint64_t eight, before = 0;
+    memcpy(&eight, p + byte % kPart, sizeof(eight));
+    if (kShift != 0) memcpy(&before, codes, sizeof(before));
+    eight = before | (eight >> (byte / kPart * kWidth) & kMask) << kShift;
+    memcpy(codes, &eight, sizeof(eight));
   }
 }
 
