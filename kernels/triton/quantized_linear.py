@@ -51,22 +51,18 @@ class Launch:
     stages: int
 
 
-def choose_launch(
-    m: int, n: int, k: int, bits: int, group_size: int, operand: torch.dtype
-) -> Launch:
+def choose_launch(m: int, n: int, k: int, bits: int, operand: torch.dtype) -> Launch:
     """A launch for a problem; no measurement, no state.
 
     Up to 16 rows the time is that of reading the weight once: narrow tiles, and sums split until
     there are programs for all multiprocessors. Beyond, tiles grow with the rows, for reuse, as far
-    as the registers go: float32 is multiplied in three pieces, and groups that end inside a part
-    need a scale for each element of a tile.
+    as the registers of sm_80 go (float32 is multiplied in three pieces, and takes more of them).
 
     Args:
         m: Rows of the input.
         n: Output features.
         k: Input features.
         bits: Of the codes.
-        group_size: Input features per scale; 0 is one group.
         operand: What is multiplied.
     """
     if m <= 16:
@@ -75,10 +71,10 @@ def choose_launch(
         splits = max(1, min(_ENOUGH_PROGRAMS // tiles, _MAX_SPLITS, blocks // 8))
         return Launch(16, 32, splits, warps=2, stages=5)
     if operand == torch.float32:
-        return Launch(32, 64, 1, warps=8, stages=3)
+        return Launch(32, 32, 1, warps=4, stages=3)
     if m <= 64:
         return Launch(triton.next_power_of_2(m), 64, 1, warps=4, stages=4)
-    return Launch(128, 64 if group_size % PART_COLUMNS else 128, 1, warps=8, stages=3)
+    return Launch(64, 128, 1, warps=8, stages=3)
 
 
 def quantized_linear(
@@ -100,7 +96,7 @@ def quantized_linear(
     rows = x.reshape(-1, k).contiguous()
     m, n, blocks = rows.shape[0], packed.shape[1], packed.shape[0]
     operand = _ROUNDINGS.get(rounding, x.dtype)
-    launch = choose_launch(m, n, k, bits, group_size, operand)
+    launch = choose_launch(m, n, k, bits, operand)
     partial_dtype = x.dtype if launch.splits == 1 else torch.float32
     out = torch.empty((launch.splits, m, n), dtype=partial_dtype, device=x.device)
     if out.numel():
