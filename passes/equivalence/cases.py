@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from qcompile.errors import EquivalenceError
 from qcompile.ir.program import Program
 from qcompile.ir.sizes import expression
 from qcompile.ir.types import Port, Role
@@ -54,14 +55,18 @@ class Case:
         """The value of each placeholder.
 
         Raises:
-            KeyError: If the program has an input that the case has no value for.
+            EquivalenceError: If the program has an input that the one before did not have.
         """
         bound = {}
         for node, port in zip(program.inputs, program.signature.inputs, strict=True):
             if port.role is Role.LOGIT_POSITIONS:
                 bound[node] = torch.arange(self.query)
-            else:
+            elif port.name in self.values:
                 bound[node] = self.values[port.name]
+            else:
+                raise EquivalenceError(
+                    f"the program has an input '{port.name}' that it did not have before"
+                )
         return bound
 
 

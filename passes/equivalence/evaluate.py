@@ -60,6 +60,13 @@ def weight_key(program: Program, name: str) -> Hashable:
     return _expression_key(program.weights.expression(name)), program.weights.spec(name)
 
 
+def held_key(program: Program, node: fx.Node) -> Hashable:
+    """Under what `Weights` holds the value of a weight, or of a call that reads weights only."""
+    if node.op == "get_attr":
+        return weight_key(program, str(node.target))
+    return id(program), node
+
+
 def _expression_key(expression: Expression) -> Hashable:
     match expression:
         case Source(checkpoint=checkpoint, name=name):
@@ -106,7 +113,7 @@ class Evaluator:
             if node.op == "get_attr":
                 env[node] = self._weights.read(self.program, str(node.target))
             elif node in self._constant:
-                key = (id(self.program), node)
+                key = held_key(self.program, node)
                 if self._weights.get(key) is None:
                     self._weights.hold(key, _call(node, env))
                 env[node] = self._weights.get(key)

@@ -19,7 +19,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.passes.equivalence.cases import Case, cases
 from qcompile.passes.equivalence.compare import difference
-from qcompile.passes.equivalence.evaluate import CannotRunError, Evaluator, Weights, weight_key
+from qcompile.passes.equivalence.evaluate import CannotRunError, Evaluator, Weights, held_key
 
 TOLERANCE = 1e-10
 
@@ -104,10 +104,11 @@ class _Side:
         } | dict.fromkeys(program.results, len(self.stages))
         self._uses: dict[Hashable, tuple[int, int]] = {}
         for stage in self.stages:
-            for name in stage.weights:
-                key = weight_key(program, name)
-                first, _ = self._uses.get(key, (stage.index, 0))
-                self._uses[key] = (first, stage.index)
+            for node in stage.nodes:
+                if node in self._constant:
+                    key = held_key(program, node)
+                    first, _ = self._uses.get(key, (stage.index, 0))
+                    self._uses[key] = (first, stage.index)
 
     def run(self, stage: Stage) -> None:
         """Adds the values of a stage."""
@@ -115,7 +116,7 @@ class _Side:
             self.evaluator.run(stage.nodes, env)
 
     def tied_after(self, stage: Stage) -> set[Hashable]:
-        """Keys of the weights up to a stage that a later one reads too, such as a tied table."""
+        """Keys of what is held up to a stage and read by a later one too, such as a tied table."""
         return {key for key, (first, last) in self._uses.items() if first <= stage.index < last}
 
     def forget(self, stage: Stage, *, only_weights: bool = False) -> None:

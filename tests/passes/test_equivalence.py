@@ -433,6 +433,18 @@ def test_another_number_of_results_is_no_equivalence(decoder: Program) -> None:
         lockstep(decoder, after)
 
 
+def test_another_input_is_no_equivalence(decoder: Program) -> None:
+    def add_input(program: Program, editor: Editor) -> None:
+        with editor.after(program.inputs[-1]):
+            extra = program.graph.placeholder("extra")
+        extra.meta["val"] = program.inputs[0].meta["val"]
+        inputs = (*program.signature.inputs, Port("extra"))
+        program.signature = replace(program.signature, inputs=inputs)
+
+    with pytest.raises(EquivalenceError, match="an input 'extra' that it did not have before"):
+        _run(decoder, Edit(add_input))
+
+
 def test_pass_that_leaves_a_node_that_cannot_run_is_caught(decoder: Program) -> None:
     def misuse(program: Program, editor: Editor) -> None:
         (embedding,) = program.calls(aten.embedding.default)
