@@ -22,7 +22,7 @@ from qcompile.backends.cuda.lower.fuse_quantized import FuseQuantized
 from qcompile.backends.cuda.lower.round_operands import RoundOperands
 from qcompile.backends.cuda.target import CudaTarget
 from qcompile.backends.registry import get_target
-from qcompile.errors import ArtifactError, RecipeError, TargetError
+from qcompile.errors import ArtifactError, MissingExtraError, RecipeError, TargetError
 from qcompile.formats import parse_format
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir.interpreter import Interpreter
@@ -340,6 +340,15 @@ def test_module_without_tokens_maps_inputs_to_outputs(tmp_path: Path) -> None:
         artifact.forward([[1]])
     with pytest.raises(RecipeError, match="cannot generate"):
         artifact._session.decoder(1, 1)
+
+
+def test_missing_triton_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "qcompile.kernels.triton.quantized_linear", raising=False)
+    x, scale = torch.randn(1, 32), torch.ones(1, 1)
+    packed = torch.zeros(1, 1, 32, dtype=torch.uint8)
+    with pytest.raises(MissingExtraError, match=r"(?s)'triton'.*qcompile\[cuda\]"):
+        ops.triton_linear(x, packed, scale, None, None, 32, 8, 0, "none")
 
 
 _PROGRAM = """

@@ -27,7 +27,12 @@ _TRITON_DTYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
 }
-_TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async\.sync)\.aligned\.\S+")
+_TENSOR_CORES = re.compile(
+    r"\b(?:mma\.sync\.aligned|wgmma\.mma_async\.sync\.aligned|tcgen05\.mma)\.\S+"
+)
+_ASSEMBLER_NAMES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
+_OWN_INSTRUCTION = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+"""What each generation multiplies large tiles with; all have ``mma`` for small ones."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,7 @@ BUILDS = [
 
 SLOW_BUILDS = [
     Build(capability, m, *build)
-    for capability in (80, 90)
-    for m in (1, 512)
+    for capability, m in [(80, 1), (80, 512), (90, 1), (90, 512), (100, 512)]
     for build in [
         *((4, group, F16, F32, True) for group in (32, 64, 128)),
         *((4, group, BF16, BF16) for group in (64, 128)),
@@ -102,11 +106,13 @@ def _check_build(build: Build, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     ptx = _compile(build)
     instructions = set(_TENSOR_CORES.findall(ptx))
     assert instructions
-    # Hopper's own instruction takes 64 rows and more; float32 is multiplied in small tiles.
-    if build.capability == 90 and build.m >= 64 and build.operand != F32:
-        assert all(i.startswith("wgmma") for i in instructions)
+    # Float32 is multiplied in small tiles.
+    large = build.m >= 64 and build.operand != F32
+    own = _OWN_INSTRUCTION[build.capability] if large else "mma"
+    assert all(i.startswith(own) for i in instructions)
     kind = {F16: ".f32.f16.f16", BF16: ".f32.bf16.bf16", F32: ".f32.tf32.tf32"}[build.operand]
-    assert all(kind in i for i in instructions)
+    # Blackwell's names both half precisions alike.
+    assert all(i.endswith("kind::f16") if own == "tcgen05" else kind in i for i in instructions)
     assert _spilled_bytes(ptx, build.capability, folder) == 0
 
 
@@ -148,7 +154,7 @@ def _spilled_bytes(ptx: str, capability: int, folder: Path) -> int:
     """What the assembler moves to memory for want of registers."""
     path = folder / "kernel.ptx"
     path.write_text(ptx)
-    name = "sm_90a" if capability == 90 else f"sm_{capability}"
+    name = _ASSEMBLER_NAMES[capability]
     try:
         assembler = get_ptxas(capability).path
     except RuntimeError as error:
