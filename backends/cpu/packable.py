@@ -17,11 +17,11 @@ def unpackable_reason(bits: int, group_size: int, scale_dtype: torch.dtype) -> s
     """
     if bits not in PACKABLE_BITS:
         widths = " and ".join(str(width) for width in PACKABLE_BITS)
-        return f"the cpu kernels read codes of {widths} bits, not of {bits}"
+        return f"the cpu kernels read codes of {widths} bits"
     if _name(scale_dtype) not in SCALE_DTYPES:
         return f"the cpu kernels read scales of {', '.join(SCALE_DTYPES)}"
     if group_size % _GROUP_UNIT:
-        return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}, not of {group_size}"
+        return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}"
     return None
 
 

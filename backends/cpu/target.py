@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
+from qcompile.backends.cpu.finite import refuse_non_finite
 from qcompile.backends.cpu.lower import lower_phase
+from qcompile.backends.cpu.packable import unpackable_reason
 from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
@@ -13,7 +15,7 @@ from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
 from qcompile.ir.program import Program
 from qcompile.ir.types import Port, Role
-from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION, PACKABLE_BITS, SCALE_DTYPES
+from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
 from qcompile.manifest import Signature, ValueInfo
 from qcompile.passes.infra import Context, PassManager
 from qcompile.progress import Progress
@@ -50,7 +52,13 @@ class CpuTarget(Target):
         return PassManager([lower_phase()]).run(program, context)[0]
 
     def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
-        """Writes ``model.onnx`` and its memory-mapped weights."""
+        """Writes ``model.onnx`` and its memory-mapped weights.
+
+        Raises:
+            ModelError: A weight that stayed float has entries that are not finite.
+            ArtifactError: The files cannot be written.
+        """
+        refuse_non_finite(program)
         graph = _emit(program)
         progress.stage("write weights", len(graph.weights))
         stored = write_model(graph, program.weights, directory, progress=progress)
@@ -70,14 +78,7 @@ def _emit(program: Program) -> OnnxGraph:
 def _format_reason(format: Format) -> str | None:
     if not isinstance(format, IntegerFormat):
         return f"the cpu kernels have no {format}"
-    if format.bits not in PACKABLE_BITS:
-        widths = " and ".join(str(bits) for bits in PACKABLE_BITS)
-        return f"the cpu kernels read codes of {widths} bits"
-    if str(format.scale_dtype).removeprefix("torch.") not in SCALE_DTYPES:
-        return f"the cpu kernels read scales of {', '.join(SCALE_DTYPES)}"
-    if format.group_size % 16:
-        return "the cpu kernels read groups of a multiple of 16"
-    return None
+    return unpackable_reason(format.bits, format.group_size, format.scale_dtype)
 
 
 def _rename_capacity(graph: OnnxGraph, program: Program) -> None:
