@@ -26,6 +26,7 @@ from qcompile.frontends.quantized import dequantized_source
 from qcompile.frontends.symbolic_trace import SymbolicTracer, Trace
 from qcompile.frontends.torch_export import QUIETABLE, evaluation_mode
 from qcompile.frontends.transformers_registries import (
+    asks_for_attention,
     functional_rotary_scaling,
     own_attention,
     traced_cache,
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 UNTRACEABLE = (ModelError, *QUIETABLE)
 """What a trace raises that cannot follow a model."""
+
+_SHOWN = 4
+"""How many of the conditions on sizes that a trace met are named in a note."""
 
 ASSETS = (
     "tokenizer.json",
@@ -285,13 +289,14 @@ def _trace(
         return tracer.trace(model, inputs, call, store, lambda name: canonical.get(name, name))
 
     with evaluation_mode(model), functional_rotary_scaling(model):
-        try:
-            with whole_operators(model):
-                trace = run()
-            if _uses_our_attention(trace.graph):
-                return trace
-        except NotImplementedError:
-            pass  # attention with arguments that the operator does not have
+        if asks_for_attention(model):
+            try:
+                with whole_operators(model):
+                    trace = run()
+                if _uses_our_attention(trace.graph):
+                    return trace
+            except NotImplementedError:
+                pass  # attention with arguments that the operator does not have
         with own_attention(model):
             return run()
 
@@ -329,7 +334,12 @@ def _results_to_inputs(graph: fx.Graph, count: int) -> None:
 
 
 def _notes(trace: Trace) -> tuple[str, ...]:
-    return tuple(f"captured for sizes with {text}" for text in trace.assumptions)
+    if not trace.assumptions:
+        return ()
+    shown = sorted(trace.assumptions, key=len)[:_SHOWN]
+    more = len(trace.assumptions) - len(shown)
+    rest = f", and {more} longer conditions" if more else ""
+    return (f"traced for sizes where {', '.join(shown)}{rest}",)
 
 
 def _first_line(error: BaseException) -> str:

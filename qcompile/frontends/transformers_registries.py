@@ -31,6 +31,12 @@ _RESTATED = frozenset({"position_ids", "cache_position"}) | {
 """Tensors that attention may be given and that say nothing beyond the mask."""
 
 
+def asks_for_attention(model: PreTrainedModel) -> bool:
+    """Whether transformers lets another attention be put into the model."""
+    can_set = getattr(type(model), "_can_set_attn_implementation", None)
+    return can_set is None or bool(can_set())
+
+
 @contextlib.contextmanager
 def whole_operators(model: PreTrainedModel) -> Iterator[None]:
     """While inside, attention and experts are single operators where the model lets them be."""
