@@ -5,46 +5,152 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile.ir.edit import Editor
-from qcompile.ir.program import Program
-from qcompile.passes.infra import Context, Exact, Pass, PassResult
+from qcompile.passes.infra import Exact
+from qcompile.passes.rule import ANY, ApplyRules, Const, Match, OneOf, Rule
 
 aten = torch.ops.aten
 
 
-class NormalizeLinear(Pass):
-    """Spells dense layers and products one way.
+class NormalizeLinear(ApplyRules):
+    """Spells dense layers and products one way; each rewrite is one of the rules below.
 
-    1. ``addmm(b, x, W)``                           =>  ``linear(x, transpose(W), b)``
-    2. ``mm(x, W)``, ``matmul(x, W)``               =>  ``linear(x, transpose(W))``
-    3. ``view(linear(view(x, [-1, K]), ...), ...)`` =>  ``linear(x, ...)``
-    4. ``add(linear(x, W), b)`` with a vector `b`   =>  ``linear(x, W, b)``
-    5. ``bmm(x, y)``                                =>  ``matmul(x, y)``
-    6. ``baddbmm(b, x, y, beta, alpha)``            =>  ``beta * b + alpha * matmul(x, y)``
-
-    `W` must be a weight, or a transpose of one; `FoldParameters` then absorbs the transposes.
+    Matrices must be weights, or computed from weights alone; `FoldParameters` then absorbs the
+    transposes.
     """
 
     numerics = Exact()
 
-    def run(self, program: Program, context: Context) -> PassResult:
-        """Applies the rewrites in one sweep."""
-        del context
-        result = PassResult()
-        editor = Editor(program)
-        for node in program.calls():
-            replacement = (
-                _from_product(editor, node)
-                or _without_flattening(editor, node)
-                or _with_bias(editor, node)
-                or _batched(editor, node)
+    def __init__(self) -> None:
+        super().__init__(
+            (
+                AddmmToLinear(),
+                ProductToLinear(),
+                LinearWithoutFlattening(),
+                BiasIntoLinear(),
+                BmmToMatmul(),
+                BaddbmmToMatmul(),
             )
-            if replacement is not None:
-                editor.replace(node, replacement)
-                result.rewrites += 1
-        return result
+        )
+
+
+class AddmmToLinear(Rule):
+    """``addmm(b, x, W)``  =>  ``linear(x, transpose(W), b)``."""
+
+    def pattern(self, bias: Tensor, x: Tensor, weight: Tensor) -> Any:
+        """The product, with factors of 1."""
+        return aten.addmm.default(bias, x, weight)
+
+    def check(self, match: Match) -> str | None:
+        """The bias must be a vector of weights."""
+        if not is_parameter(match["bias"]) or match.value("bias").dim() != 1:
+            return "the bias is no vector of weights"
+        return _check_matrix(match)
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        """The layer."""
+        transposed = edit.call(aten.transpose.int, match["weight"], 0, 1)
+        return edit.call(aten.linear.default, match["x"], transposed, match["bias"])
+
+
+class ProductToLinear(Rule):
+    """``mm(x, W)``, ``matmul(x, W)``  =>  ``linear(x, transpose(W))``."""
+
+    def pattern(self, x: Tensor, weight: Tensor) -> Any:
+        """Either product."""
+        return OneOf(aten.mm.default(x, weight), aten.matmul.default(x, weight))
+
+    def check(self, match: Match) -> str | None:
+        """One operand must be a matrix of weights, the other not."""
+        return _check_matrix(match)
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        """The layer."""
+        transposed = edit.call(aten.transpose.int, match["weight"], 0, 1)
+        return edit.call(aten.linear.default, match["x"], transposed)
+
+
+class LinearWithoutFlattening(Rule):
+    """``view(linear(view(x, [-1, K]), W, b), [..., N])``  =>  ``linear(x, W, b)``."""
+
+    def pattern(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        """A layer between two views."""
+        flat = OneOf(aten.view.default(x, ANY()), aten.reshape.default(x, ANY()))
+        product = aten.linear.default(flat, weight, bias)
+        return OneOf(
+            aten.view.default(product, ANY()),
+            aten.reshape.default(product, ANY()),
+            aten._unsafe_view.default(product, ANY()),
+        )
+
+    def check(self, match: Match) -> str | None:
+        """The views must only join the leading axes and split them again."""
+        before, after = match.value("x").shape, match.outputs[0].meta["val"].shape
+        columns, rows = match.value("weight").shape[1], match.value("weight").shape[0]
+        joined = str(before[:-1]) == str(after[:-1])
+        if not joined or str(before[-1]) != str(columns) or str(after[-1]) != str(rows):
+            return "the views change more than the leading axes"
+        return None
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        """The layer alone."""
+        bias = match["bias"]
+        operands = (match["x"], match["weight"], *(() if bias is None else (bias,)))
+        return edit.call(aten.linear.default, *operands)
+
+
+class BiasIntoLinear(Rule):
+    """``add(linear(x, W), b)`` with a vector `b` of weights  =>  ``linear(x, W, b)``."""
+
+    def pattern(self, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        """A layer without bias, and a sum."""
+        return aten.add.Tensor(aten.linear.default(x, weight), bias)
+
+    def check(self, match: Match) -> str | None:
+        """The other summand must have one number per output."""
+        if not is_parameter(match["bias"]):
+            return "what is added depends on the input"
+        if str(match.value("bias").shape) != str(match.value("weight").shape[:1]):
+            return "what is added is no vector over the outputs"
+        return None
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        """The layer with its bias."""
+        return edit.call(aten.linear.default, match["x"], match["weight"], match["bias"])
+
+
+class BmmToMatmul(Rule):
+    """``bmm(x, y)``  =>  ``matmul(x, y)``."""
+
+    def pattern(self, x: Tensor, y: Tensor) -> Any:
+        """The product."""
+        return aten.bmm.default(x, y)
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        """The same, spelled as other products are."""
+        return edit.call(aten.matmul.default, match["x"], match["y"])
+
+
+class BaddbmmToMatmul(Rule):
+    """``baddbmm(b, x, y, beta, alpha)``  =>  ``beta * b + alpha * matmul(x, y)``."""
+
+    def pattern(self, added: Tensor, x: Tensor, y: Tensor, beta: Const, alpha: Const) -> Any:
+        """The product with its factors."""
+        return aten.baddbmm.default(added, x, y, beta=beta, alpha=alpha)
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        """The sum; a factor of zero silences even what is not finite."""
+        product = edit.call(aten.matmul.default, match["x"], match["y"])
+        if match["alpha"] != 1:
+            product = edit.call(aten.mul.Tensor, product, match["alpha"])
+        if match["beta"] == 0:
+            return product
+        added = match["added"]
+        if match["beta"] != 1:
+            added = edit.call(aten.mul.Tensor, added, match["beta"])
+        return edit.call(aten.add.Tensor, added, product)
 
 
 def is_parameter(value: Any) -> bool:
@@ -61,86 +167,7 @@ def is_parameter(value: Any) -> bool:
     )
 
 
-def _from_product(editor: Editor, node: fx.Node) -> fx.Node | None:
-    bias: Any = None
-    if node.target is aten.addmm.default and not node.kwargs:
-        bias, x, weight = node.args
-        if not is_parameter(bias) or _rank(bias) != 1:
-            return None
-    elif node.target in (aten.mm.default, aten.matmul.default):
-        x, weight = node.args
-    else:
-        return None
-    if not isinstance(weight, fx.Node) or not is_parameter(weight) or _rank(weight) != 2:
-        return None
-    if is_parameter(x):
-        return None
-    with editor.before(node):
-        transposed = editor.call(aten.transpose.int, weight, 0, 1)
-        arguments = (x, transposed) if bias is None else (x, transposed, bias)
-        return editor.call(aten.linear.default, *arguments)
-
-
-def _without_flattening(editor: Editor, node: fx.Node) -> fx.Node | None:
-    """``view(linear(view(x)))`` where the views only join and split the leading axes."""
-    if node.target not in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-        return None
-    linear = node.args[0]
-    if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
-        return None
-    flat = linear.args[0]
-    if len(linear.users) > 1 or not isinstance(flat, fx.Node):
-        return None
-    if flat.target not in (aten.view.default, aten.reshape.default):
-        return None
-    x = flat.args[0]
-    assert isinstance(x, fx.Node)
-    before, after = x.meta["val"].shape, node.meta["val"].shape
-    if len(flat.meta["val"].shape) != 2 or str(before[:-1]) != str(after[:-1]):
-        return None
-    if str(before[-1]) != str(flat.meta["val"].shape[-1]):
-        return None
-    if str(after[-1]) != str(linear.meta["val"].shape[-1]):
-        return None
-    with editor.before(node):
-        return editor.call(aten.linear.default, x, *linear.args[1:], **linear.kwargs)
-
-
-def _with_bias(editor: Editor, node: fx.Node) -> fx.Node | None:
-    if node.target is not aten.add.Tensor or node.kwargs:
-        return None
-    for linear, bias in (node.args, node.args[::-1]):
-        if (
-            isinstance(linear, fx.Node)
-            and linear.target is aten.linear.default
-            and len(linear.args) == 2
-            and len(linear.users) == 1
-            and isinstance(bias, fx.Node)
-            and is_parameter(bias)
-            and str(bias.meta["val"].shape) == str(linear.meta["val"].shape[-1:])
-        ):
-            with editor.before(node):
-                return editor.call(aten.linear.default, *linear.args, bias)
-    return None
-
-
-def _batched(editor: Editor, node: fx.Node) -> fx.Node | None:
-    if node.target is aten.bmm.default:
-        with editor.before(node):
-            return editor.call(aten.matmul.default, *node.args)
-    if node.target is not aten.baddbmm.default:
-        return None
-    operands: tuple[Any, ...] = node.args
-    added, x, y = operands
-    with editor.before(node):
-        product = editor.call(aten.matmul.default, x, y)
-        terms: list[fx.Node] = []
-        for term, key in ((added, "beta"), (product, "alpha")):
-            factor = node.kwargs.get(key, 1)
-            terms.append(term if factor == 1 else editor.call(aten.mul.Tensor, term, factor))
-        # A factor of zero silences even what is not finite.
-        return terms[1] if node.kwargs.get("beta", 1) == 0 else editor.call(aten.add.Tensor, *terms)
-
-
-def _rank(value: Any) -> int:
-    return len(value.meta["val"].shape) if isinstance(value, fx.Node) else 0
+def _check_matrix(match: Match) -> str | None:
+    if not is_parameter(match["weight"]) or match.value("weight").dim() != 2:
+        return "the second factor is no matrix of weights"
+    return "both factors are weights" if is_parameter(match["x"]) else None

@@ -9,6 +9,7 @@ from qcompile.passes.infra import Phase, run_passes
 from qcompile.passes.raise_ops.own_cache import OwnCache
 from qcompile.passes.raise_ops.raise_activations import RaiseActivations
 from qcompile.passes.raise_ops.raise_attention import RaiseAttention
+from qcompile.passes.raise_ops.raise_gates import RaiseGates
 from qcompile.passes.raise_ops.raise_norms import RaiseNorms
 from qcompile.passes.raise_ops.raise_rope import RaiseRope
 from qcompile.passes.raise_ops.recognize_masks import RecognizeMasks
@@ -25,6 +26,7 @@ def raise_phase() -> Phase:
             RaiseRope(),
             RaiseAttention(),
             RaiseActivations(),
+            RaiseGates(),
             RecognizeMasks(),
             NormalizeMoves(),
             MergeDuplicates(),

@@ -1,4 +1,4 @@
-"""Activations, plain and gated, as one operator each."""
+"""Activations as one operator each."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ _REACH = 4
 class RaiseActivations(Pass):
     """Names every activation by its values.
 
-    1. an elementwise region of one value around `silu`, `gelu`, `relu`, `sigmoid`, `tanh` or
-       `erf`, if it computes one of the known activations  =>  ``qc.act(x, kind)``
-    2. ``mul(act(gate), up)``  =>  ``qc.gated_act(gate, up, kind)``
+    An elementwise region of one value around `silu`, `gelu`, `relu`, `sigmoid`, `tanh` or `erf`,
+    if it computes one of the known activations  =>  ``qc.act(x, kind)``.
     """
 
     requires = frozenset({Fact.CANONICAL})
@@ -55,13 +54,6 @@ class RaiseActivations(Pass):
         for anchor in program.calls(*_ANCHORS):
             if anchor in data and anchor.users:
                 _raise(editor, probe, data, anchor, result)
-        program.graph.eliminate_dead_code()
-        for node in program.calls(aten.mul.Tensor):
-            new = _gated(editor, node, data)
-            if new is not None:
-                editor.replace(node, new)
-                data.add(new)
-                result.rewrites += 1
         return result
 
 
@@ -105,19 +97,4 @@ def _kind(probe: Probe, entry: fx.Node, exit_node: fx.Node) -> str | None:
     for kind in ACTIVATIONS:
         if kind != "identity" and relative_error(found, act(x, kind)) <= TOLERANCE:
             return kind
-    return None
-
-
-def _gated(editor: Editor, node: fx.Node, data: set[fx.Node]) -> fx.Node | None:
-    for gate, up in (node.args, node.args[::-1]):
-        if (
-            isinstance(gate, fx.Node)
-            and isinstance(up, fx.Node)
-            and gate.target is dialect.act
-            and len(gate.users) == 1
-            and up in data
-            and up.meta["val"].shape == gate.meta["val"].shape
-        ):
-            with editor.before(node):
-                return editor.call(dialect.gated_act, gate.args[0], up, gate.args[1])
     return None

@@ -31,6 +31,9 @@ _SILENT = -1e4
 """A score as low as this gets no weight: what models fill in where attention is forbidden."""
 
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+_JOINS = (aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int)
+"""Operators that join batch and heads, or split them."""
+
 _MAXIMUM = (aten.maximum.default, aten.max.other)
 
 
@@ -106,7 +109,7 @@ def _weighted_sum(softmax: fx.Node) -> fx.Node | None:
         (user,) = users
         if user.target is aten.matmul.default:
             return user if user.args[0] is node else None
-        if user.target not in (aten.reshape.default, aten.nan_to_num.default):
+        if user.target not in (*_JOINS, aten.nan_to_num.default):
             return None
         node = user
     return None
@@ -190,7 +193,7 @@ def _walk(probe: Probe, node: Any, depth: int) -> tuple[fx.Node, list[_Step]] | 
 def _undo(probe: Probe, node: fx.Node) -> list[tuple[Any, _Step | None]]:
     """What a node may have been applied to, and what it does to that."""
     args, target = node.args, node.target
-    if target is aten.reshape.default or target is aten.nan_to_num.default:
+    if target in _JOINS:
         return [(args[0], None)]
     if target is aten.tanh.default:
         return [(args[0], _Tanh())]
@@ -305,7 +308,7 @@ def _heads(operand: Any) -> fx.Node | None:
     """A value with axes ``[B, H, ., .]`` behind an operand that may have the first two joined."""
     node = operand
     while isinstance(node, fx.Node) and len(_shape(node)) == 3:
-        if node.target is not aten.reshape.default:
+        if node.target not in _JOINS:
             return None
         source = _node(node.args[0])
         same_tail = all(map(same_size, _shape(source)[-2:], _shape(node)[-2:]))

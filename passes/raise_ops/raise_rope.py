@@ -215,7 +215,7 @@ def _match(
                     expected = expected.transpose(1, 2)
                 if relative_error(found, expected) > TOLERANCE:
                     continue
-                if wide and not all(_repeats(probe, t.node, columns) for t in (cos, sin)):
+                if not _rotates(probe, cos, sin, columns if wide else None):
                     return None
                 return _Rotation(cos, sin, columns, interleaved, negated, apart)
     return None
@@ -243,14 +243,31 @@ def _spread(angle: Tensor, columns: tuple[int, int]) -> Tensor:
     return torch.cat((angle, angle), dim=-1)
 
 
-def _repeats(probe: Probe, table: fx.Node, columns: tuple[int, int]) -> bool:
-    """Whether the real table has the same number for both channels of each plane."""
+def _rotates(probe: Probe, cos: _Table, sin: _Table, columns: tuple[int, int] | None) -> bool:
+    """Whether the real tables hold cosines and sines, up to one factor for all.
+
+    Args:
+        probe: Runs the tables on the positions 0, 1, 2, ...
+        cos: The table of cosines.
+        sin: The table of sines.
+        columns: Where a plane's number stands if both of its channels have a column.
+    """
     given = {}
     for node in probe.program.inputs:
         if node.meta["val"].dtype == torch.int64:
             shape = probe.shape(node)
             given[node] = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    values = probe.run(table, given)
+    tables = [probe.run(table.node, given) for table in (cos, sin)]
+    if columns is not None and not all(_repeats(table, columns) for table in tables):
+        return False
+    squares = tables[0].abs().square()
+    if cos.polar is None:
+        squares = squares + tables[1].square()
+    return float(squares.min()) > 0 and float(squares.max() / squares.min()) - 1 <= TOLERANCE
+
+
+def _repeats(values: Tensor, columns: tuple[int, int]) -> bool:
+    """Whether a table has the same number for both channels of each plane."""
     half = values.shape[-1] // 2
     if columns[1] == 2:
         return relative_error(values[..., 0::2], values[..., 1::2]) <= TOLERANCE

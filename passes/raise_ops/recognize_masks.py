@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -18,6 +19,9 @@ from qcompile.passes.raise_ops.regions import NotClosedError, Probe
 
 _MAX_WINDOW = 1 << 18
 """Integers beyond this are no windows: slices that end nowhere, lowest values."""
+
+_MAX_QUERY = 1 << 10
+"""Most queries that are probed where there is a past, which makes masks of long windows small."""
 
 _MAX_SQUARE = 1 << 12
 """Longest sequence that is probed where there is no past, so that masks are square."""
@@ -92,23 +96,35 @@ def recognize(
     cases = [_case(program, mask, seed, past=p, query=5) for p in (0, 9)]
     if any(case is None for case in cases):
         return None
+    far: list[_Case | None] = []
     for padding, causal, window in product((True, False), (True, False), candidates):
         kind = MaskKind(padding and key_mask is not None, causal, window)
         if padding and key_mask is None:
             continue
         if all(_agrees(kind, *case) for case in cases if case is not None):
-            far = [_case(program, mask, seed, past=w + 2, query=3) for w in candidates]
+            far = far or list(_far_cases(program, mask, seed, candidates))
             if all(case is not None and _agrees(kind, *case) for case in far):
                 return kind
     return None
 
 
-def _case(
-    program: Program, mask: fx.Node, seed: int, past: int, query: int
-) -> tuple[Tensor, Tensor | None, int] | None:
+def _far_cases(
+    program: Program, mask: fx.Node, seed: int, candidates: list[int]
+) -> Iterator[_Case | None]:
+    """Cases in which a query is further from a key, on either side, than any constant says."""
+    for window in candidates:
+        yield _case(program, mask, seed, past=window + 2, query=3)
+    longest = max((w for w in candidates if w <= _MAX_QUERY), default=0)
+    yield _case(program, mask, seed, past=0, query=longest + 3)
+
+
+_Case = tuple[Tensor, Tensor | None, int]
+
+
+def _case(program: Program, mask: fx.Node, seed: int, past: int, query: int) -> _Case | None:
     """The mask as the program computes it, the padding it was given, and the past."""
     generator = torch.Generator().manual_seed(seed + past)
-    batch, given = 3, dict[fx.Node, Any]()
+    batch, given = 3 if query + past <= 256 else 1, dict[fx.Node, Any]()
     padding: Tensor | None = None
     has_past = any(port.role is Role.PAST_KEY for port in program.signature.inputs)
     if not has_past:
@@ -123,7 +139,10 @@ def _case(
                 _, heads, _, width = node.meta["val"].shape
                 given[node] = torch.zeros(1, 1, 1, 1).expand(batch, int(heads), past, int(width))
             case Role.POSITION_IDS:
-                given[node] = torch.arange(past, past + query).expand(batch, query)
+                positions = torch.arange(past, past + query).expand(batch, query)
+                if padding is not None:
+                    positions = (padding.cumsum(-1) - 1).clamp(min=0)[:, past:]
+                given[node] = positions
             case Role.INPUT_IDS | Role.TOKEN_TYPE_IDS:
                 given[node] = torch.zeros(batch, query, dtype=torch.int64)
             case _:

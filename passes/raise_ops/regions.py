@@ -7,7 +7,8 @@ that it might be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -72,8 +73,9 @@ class Probe:
         """
         values: dict[fx.Node, Any] = dict(given)
         sizes = self._sizes | _observed_sizes(given)
-        for node in _backward(output, stop=set(given)):
-            values[node] = self._value(node, values, sizes)
+        with _default_float64():
+            for node in _backward(output, stop=set(given)):
+                values[node] = self._value(node, values, sizes)
         return values[output]
 
     def _value(
@@ -101,6 +103,17 @@ class Probe:
         if name not in self._weights:
             self._weights[name] = self.program.weights.materialize(name, torch.float64)
         return self._weights[name]
+
+
+@contextmanager
+def _default_float64() -> Iterator[None]:
+    """What is made from integers inside is float64 too."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

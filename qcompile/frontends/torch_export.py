@@ -30,16 +30,13 @@ def capture_module(model: nn.Module, example_inputs: Any) -> Program:
         ModelError: If `torch.export` cannot trace the module.
     """
     args, kwargs = _as_call(example_inputs)
+    _require_tensors(args, kwargs)
     exported = _export_dynamic(model, args, kwargs)
     store, rename = _module_weights(model)
     flat_inputs, input_tree = pytree.tree_flatten((args, kwargs))
     graph = unlifted_graph(exported, store, rename)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for value, node in zip(flat_inputs, placeholders, strict=True):
-        if not isinstance(value, Tensor):
-            raise ModelError(
-                f"example input '{node.name}' is a {type(value).__name__}, not a tensor"
-            )
+    assert len(flat_inputs) == len(placeholders)
     output_tree = exported.call_spec.out_spec
     results = list(next(reversed(graph.nodes)).args[0])
     if any(not isinstance(result, fx.Node) for result in results):
@@ -271,7 +268,7 @@ def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
-    if isinstance(example_inputs, Sequence):
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return tuple(example_inputs), {}
     raise ModelError(
         f"example_inputs is a {type(example_inputs).__name__}",
@@ -282,17 +279,58 @@ def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _export_dynamic(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> torch.export.ExportedProgram:
-    """Exports with every dimension as dynamic as the module lets it be."""
-    automatic = pytree.tree_map(
-        lambda value: (
-            dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
-            if isinstance(value, Tensor)
-            else None
-        ),
-        (args, dict(kwargs)),
-    )
-    shapes = automatic[0] if not kwargs else automatic[1]
-    return export(model, args, kwargs, shapes, type(model).__name__)
+    """Exports with every dimension as dynamic as the module lets it be.
+
+    Each attempt asks for less: all dimensions, then only the first, then none; an example of one
+    item is doubled before that, because a dimension of size 1 is taken for a constant.
+    """
+    failures: list[ModelError] = []
+    for inputs in _examples(args, kwargs):
+        for dynamic in (None, 1, 0):
+            exported = _export_with(model, *inputs, dynamic, failures)
+            if exported is not None:
+                return exported
+    raise failures[0]
+
+
+def _require_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for path, value in pytree.tree_leaves_with_path((args, dict(kwargs))):
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"example input '{pytree.keystr(path[1:])}' is a {type(value).__name__}, not a "
+                "tensor",
+                remedy="fix it in a module that wraps yours, or pass it as a tensor",
+            )
+
+
+def _examples(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], Mapping[str, Any]]]:
+    """The example with a batch of two if it is a batch of one throughout; then the example."""
+    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    if tensors and all(value.dim() and value.shape[0] == 1 for value in tensors):
+        yield pytree.tree_map_only(
+            Tensor, lambda x: x.repeat(2, *[1] * (x.dim() - 1)), (args, kwargs)
+        )
+    yield args, kwargs
+
+
+def _export_with(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic: int | None,
+    failures: list[ModelError],
+) -> torch.export.ExportedProgram | None:
+    """Exports with the first `dynamic` dimensions of each input symbolic, or all of them."""
+    shapes = torch.export.ShapesCollection()
+    for tensor in pytree.tree_leaves((args, dict(kwargs))):
+        shapes[tensor] = dict.fromkeys(range(tensor.dim())[:dynamic], torch.export.Dim.AUTO)
+    try:
+        return export(model, args, kwargs, shapes, type(model).__name__)
+    except ModelError as error:
+        failures.append(error)
+        return None
 
 
 @contextlib.contextmanager
