@@ -157,7 +157,7 @@ class SymbolicTracer:
         weight_names = dict(zip(traced, weights, strict=False))
         for node, name in zip(traced[len(weights) :], inputs, strict=True):
             mapping[node] = graph.placeholder(name)
-            mapping[node].meta["val"] = self._on_meta(node.meta["val"])
+            mapping[node].meta["val"] = _on_meta(node.meta["val"])
 
         def operand(node: fx.Node) -> Any:
             if node not in mapping:
@@ -172,7 +172,7 @@ class SymbolicTracer:
                 mapping[node] = operand(node.args[0])  # what lifted constants come wrapped in
             elif node.op == "call_function" and _computes(node):
                 mapping[node] = graph.node_copy(node, operand)
-                mapping[node].meta = {"val": self._on_meta(node.meta["val"])}
+                mapping[node].meta = {"val": _on_meta(node.meta["val"])}
             elif node.op == "output":
                 flat = [operand(n) for n in torch.utils._pytree.tree_leaves(node.args[0])]
                 graph.output(tuple(flat))
@@ -190,15 +190,13 @@ class SymbolicTracer:
             node.meta["val"] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
         return node
 
-    def _on_meta(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._on_meta(item) for item in value)
-        if not isinstance(value, Tensor):
-            return value
-        with self.mode:
-            return torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="meta"
-            )
+
+def _on_meta(value: Any) -> Any:
+    """A traced value, its tensors on the meta device: a program has no device."""
+    for item in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(item, FakeTensor):
+            item.fake_device = torch.device("meta")  # what it stores is there in any case
+    return value
 
 
 def _fake_weights(
