@@ -6,6 +6,8 @@ that a lowered program can be interpreted and compared with the one before.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -52,12 +54,16 @@ def cpu_linear(
     Returns:
         ``[..., n]`` float32.
     """
-    weight = _unpack(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
+    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
     if act != FLOAT_ACTIVATIONS:
         group = group_size if act == INT8_PER_GROUP else 0
         scale = dynamic_scale(x, 8, group)
         x = dequantize(quantize(x, scale, None, 8, group), scale, None, 8, group)
-    y = torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    # Some rows at a time: a projection to the vocabulary is large, and larger in float64.
+    blocks = torch.arange(n).split(max(1, _DECODED_AT_A_TIME // k))
+    y = torch.cat([x @ weight.rows(block).to(x.dtype).T for block in blocks], dim=-1)
+    if bias is not None:
+        y = y + bias
     return y if residual is None else y + residual
 
 
@@ -72,8 +78,8 @@ def cpu_embedding(
     scale_dtype: int,
 ) -> Tensor:
     """Rows of a packed integer table: ``[...]`` ids to ``[..., k]`` float32."""
-    weight = _unpack(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
-    return torch.nn.functional.embedding(ids, weight)
+    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
+    return weight.rows(ids.flatten()).reshape(*ids.shape, k)
 
 
 def cpu_attention(
@@ -164,31 +170,47 @@ def _attention_shape(
     return out, torch.cat((past_key, new_key), dim=2), torch.cat((past_value, new_value), dim=2)
 
 
-def _unpack(
-    packed: Tensor,
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-) -> Tensor:
-    codes, scale, zero_point = unpack_linear(
-        packed.cpu().numpy(),
-        n,
-        k,
-        bits=bits,
-        group_size=group_size,
-        has_zero_point=has_zero_point,
-        scale_dtype=SCALE_DTYPES[scale_dtype],
-    )
-    return dequantize(
-        torch.from_numpy(codes),
-        torch.from_numpy(scale),
-        None if zero_point is None else torch.from_numpy(zero_point),
-        bits,
-        group_size,
-    )
+_DECODED_AT_A_TIME = 1 << 22
+"""Weights that are floats at once while a lowered program is interpreted."""
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """The codes of a packed weight."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    group_size: int
+
+    @staticmethod
+    def of(
+        packed: Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        has_zero_point: bool,
+        scale_dtype: int,
+    ) -> _Unpacked:
+        codes, scale, zero_point = unpack_linear(
+            packed.cpu().numpy(),
+            n,
+            k,
+            bits=bits,
+            group_size=group_size,
+            has_zero_point=has_zero_point,
+            scale_dtype=SCALE_DTYPES[scale_dtype],
+        )
+        zeros = None if zero_point is None else torch.from_numpy(zero_point)
+        return _Unpacked(torch.from_numpy(codes), torch.from_numpy(scale), zeros, bits, group_size)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Some rows as float32."""
+        zero_point = None if self.zero_point is None else self.zero_point[index]
+        codes, scale = self.codes[index], self.scale[index]
+        return dequantize(codes, scale, zero_point, self.bits, self.group_size)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The oracle of `qc::dequantize`."""
 
+from collections.abc import Callable
 from typing import Optional
 
 import torch
@@ -35,8 +36,29 @@ def dequantize(
     size = codes.shape[-1]
     dtype = torch.float64 if scale.dtype == torch.float64 else torch.float32
     steps = codes.to(dtype)
+    scale = scale.to(dtype)
+    if group_size and scale.shape[-1] * group_size == size:
+        # Whole groups: broadcasting spares a copy of the scales at the size of the codes.
+        grouped = steps.unflatten(-1, (-1, group_size))
+        steps = _steps(grouped, codes, zero_point, bits, lambda z: z.unsqueeze(-1))
+        return _times(steps, scale.unsqueeze(-1)).flatten(-2)
+    steps = _steps(steps, codes, zero_point, bits, lambda z: spread_groups(z, size, group_size))
+    return _times(steps, spread_groups(scale, size, group_size))
+
+
+def _steps(
+    steps: Tensor,
+    codes: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    spread: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """How many scales each code stands for; `steps` are the codes as fresh floats."""
     if zero_point is not None:
-        steps = steps - spread_groups(zero_point, size, group_size).to(dtype)
-    elif codes.dtype == torch.uint8:
-        steps = steps - 2 ** (bits - 1)
-    return steps * spread_groups(scale.to(dtype), size, group_size)
+        return steps.sub_(spread(zero_point).to(steps.dtype))
+    return steps.sub_(2 ** (bits - 1)) if codes.dtype == torch.uint8 else steps
+
+
+def _times(steps: Tensor, scale: Tensor) -> Tensor:
+    """The product, in the memory of `steps` unless a derivative will need them."""
+    return steps * scale if scale.requires_grad else steps.mul_(scale)

@@ -15,6 +15,10 @@ from qcompile.ir.weights import Apply, Expression, Source
 
 DTYPE = torch.float64
 
+KEPT_BYTES = 64 << 20
+"""What is larger is read again where it is used again: an embedding table that is the projection
+to the vocabulary as well would otherwise be held, in float64, while all layers run."""
+
 _CPU = torch.device("cpu")
 
 
@@ -50,8 +54,12 @@ class Weights:
         return self._held.get(key)
 
     def release(self, keep: Container[Hashable] = ()) -> None:
-        """Lets go of everything but what has the given keys."""
-        self._held = {key: value for key, value in self._held.items() if key in keep}
+        """Lets go of everything but what has the given keys and is not large."""
+        self._held = {
+            key: value
+            for key, value in self._held.items()
+            if key in keep and _bytes(value) <= KEPT_BYTES
+        }
         self.live_bytes = sum(map(_bytes, self._held.values()))
 
 

@@ -27,8 +27,7 @@ class FuseLinear(Pass):
     1. ``linear(x, dequantize(W), b)``           =>  ``cpu_linear(x, packed W, b, act="float")``
     2. the same with `x` rounded by ``dequantize(quantize(x))``, one scale per token or per group
        of the weight                             =>  ``act="int8_token"`` or ``"int8_group"``
-    3. ``add(residual, cpu_linear)``             =>  the operand `residual` of the node
-    4. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
+    3. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
 
     A weight is packed once, lazily, however many nodes use it.
     """
@@ -53,8 +52,6 @@ class FuseLinear(Pass):
                     new = editor.call(ops.embedding, node.args[1], packed, *layout)
             editor.replace(node, new)
             result.rewrites += 1
-        for node in program.calls(ops.linear):
-            result.rewrites += _take_residual(editor, node)
         return result
 
 
@@ -161,21 +158,3 @@ def _dynamic_int8(x: Any) -> tuple[fx.Node | None, int]:
 
 
 _INT8_BITS = 8
-
-
-def _take_residual(editor: Editor, node: fx.Node) -> int:
-    if len(node.users) != 1 or node.args[3] is not None:
-        return 0
-    (user,) = node.users
-    if user.target is not aten.add.Tensor or user.kwargs or len(user.args) != 2:
-        return 0
-    residual = user.args[1] if user.args[0] is node else user.args[0]
-    if not isinstance(residual, fx.Node) or residual is node:
-        return 0
-    if str(residual.meta["val"].shape) != str(node.meta["val"].shape):
-        return 0
-    with editor.before(user):
-        new = editor.call(ops.linear, *node.args[:3], residual, *node.args[4:])
-    editor.replace(user, new)
-    editor.graph.erase_node(node)
-    return 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qcompile.backends.cpu.lower.limit_logits import LimitLogits
 from qcompile.backends.cuda.lower.fuse_quantized import FuseQuantized
 from qcompile.backends.cuda.lower.round_operands import RoundOperands
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
+from qcompile.passes.lower.limit_logits import LimitLogits
 
 
 def lower_phase(rounding: str) -> Phase:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qcompile.backends.cpu import ops
 from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
 from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
-from qcompile.backends.cpu.lower.limit_logits import LimitLogits
+from qcompile.backends.cpu.lower.fuse_residual import FuseResidual
 from qcompile.errors import TargetError
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir import dialect
@@ -24,6 +24,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Fact, Port, Role
 from qcompile.passes.canonicalize import canonicalize
 from qcompile.passes.infra import Pass, run_passes
+from qcompile.passes.lower.limit_logits import LimitLogits
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
@@ -77,9 +78,9 @@ def run(program: Program, *inputs: Tensor) -> tuple[Tensor, ...]:
     return Interpreter(program).run(*inputs)
 
 
-def lower(before: Program, item: Pass, *inputs: Tensor) -> Program:
-    """The program after one pass, which must be well formed and compute the same."""
-    after = run_passes(before, [item])
+def lower(before: Program, items: Pass | tuple[Pass, ...], *inputs: Tensor) -> Program:
+    """The program after some passes, which must be well formed and compute the same."""
+    after = run_passes(before, items if isinstance(items, tuple) else (items,))
     after.verify(shapes=True)
     for found, expected in zip(run(after, *inputs), run(before, *inputs), strict=True):
         assert_same(found, expected)
@@ -245,7 +246,7 @@ def residual_program(function: Callable[..., Tensor], *inputs: Tensor) -> Progra
     ],
 )
 def test_residual_is_added_by_the_linear(function: Callable[..., Tensor], x: Tensor) -> None:
-    after = lower(residual_program(function, torch.randn(3, 32)), FuseLinear(), x)
+    after = lower(residual_program(function, torch.randn(3, 32)), (FuseLinear(), FuseResidual()), x)
     assert body(after) == text("""
         %0: f32[s0, 32] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, %x, 32, 32, 4, 16, False, 1, float)
         return %0
@@ -254,7 +255,7 @@ def test_residual_is_added_by_the_linear(function: Callable[..., Tensor], x: Ten
 
 def test_two_linears_that_are_added_become_a_chain(x: Tensor) -> None:
     before = residual_program(lambda m, x: m.a(x) + m.b(x), torch.randn(3, 32))
-    assert body(lower(before, FuseLinear(), x)) == text("""
+    assert body(lower(before, (FuseLinear(), FuseResidual()), x)) == text("""
         %0: f32[s0, 32] = qc.cpu_linear(%x, @b.weight.codes.packed, None, None, 32, 32, 4, 16, False, 1, float)
         %1: f32[s0, 32] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, %0, 32, 32, 4, 16, False, 1, float)
         return %1
@@ -266,7 +267,7 @@ def test_residual_stream_through_two_linears_fuses_both(x: Tensor) -> None:
         x = x + m.a(x)
         return x + m.b(torch.relu(x))
 
-    after = lower(residual_program(function, torch.randn(3, 32)), FuseLinear(), x)
+    after = lower(residual_program(function, torch.randn(3, 32)), (FuseLinear(), FuseResidual()), x)
     assert not list(after.calls(torch.ops.aten.add.Tensor))
     first, second = after.calls(ops.linear)
     assert (first.args[3], second.args[3]) == (after.inputs[0], first)
@@ -285,7 +286,7 @@ def test_residual_stream_through_two_linears_fuses_both(x: Tensor) -> None:
     ],
 )
 def test_what_is_no_plain_residual_stays(function: Callable[..., Tensor], x: Tensor) -> None:
-    after = lower(residual_program(function, torch.randn(3, 32)), FuseLinear(), x)
+    after = lower(residual_program(function, torch.randn(3, 32)), (FuseLinear(), FuseResidual()), x)
     (node,) = after.calls(ops.linear)
     assert node.args[3] is None
 
@@ -295,7 +296,7 @@ def test_residual_that_is_broadcast_to_more_rows_stays() -> None:
         return m.a(x) + y
 
     before = residual_program(function, torch.randn(3, 32), torch.randn(2, 3, 32))
-    after = lower(before, FuseLinear(), torch.randn(4, 32), torch.randn(2, 4, 32))
+    after = lower(before, (FuseLinear(), FuseResidual()), torch.randn(4, 32), torch.randn(2, 4, 32))
     (node,) = after.calls(ops.linear)
     assert node.args[3] is None
 
@@ -603,7 +604,7 @@ def test_head_reads_only_the_positions_that_are_asked_for(capped: bool) -> None:
         return (torch.tanh(logits / 4.0) * 4.0 if capped else logits), as_heads(past)
 
     before = language_model(function)
-    after = run_passes(before, [LimitLogits()])
+    after = run_passes(before, [LimitLogits(projections=(ops.linear,))])
     after.verify(shapes=True)
     assert after.signature.inputs[-1] == Port("logit_positions", Role.LOGIT_POSITIONS)
     (choice,) = after.calls(torch.ops.aten.index_select.default)
@@ -628,13 +629,13 @@ def test_head_reads_only_the_positions_that_are_asked_for(capped: bool) -> None:
 )
 def test_logits_that_need_all_positions_stay(function: Callable[..., Any]) -> None:
     before = language_model(function)
-    after = run_passes(before, [LimitLogits()])
+    after = run_passes(before, [LimitLogits(projections=(ops.linear,))])
     assert body(after) == body(before)
     assert after.signature.inputs == before.signature.inputs
 
 
 def test_model_without_a_cache_keeps_its_inputs() -> None:
     before = tied_program()
-    assert body(run_passes(before, [LimitLogits()])) == body(before)
+    assert body(run_passes(before, [LimitLogits(projections=(ops.linear,))])) == body(before)
     assert not before.signature.has(Role.PAST_KEY)
     assert Fact.CANONICAL in before.facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-from qcompile.backends.cpu import ops
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact, Port, Role
@@ -23,10 +23,17 @@ class LimitLogits(Pass):
     `logit_positions` is a new input, ``[n]`` int64: the last position while generating, all of
     them for an evaluation. The projection to the vocabulary is the largest layer of many models;
     a long prompt needs its last row only.
+
+    Args:
+        projections: Operators that a target has put in the place of `aten.linear` so far; their
+            first operand is the input.
     """
 
     ensures = frozenset({Fact.LOWERED})
     numerics = Equivalent()
+
+    def __init__(self, projections: Iterable[Any] = ()) -> None:
+        self.projections = frozenset({LINEAR, *projections})
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Applies to programs that return logits and keep a cache."""
@@ -34,7 +41,7 @@ class LimitLogits(Pass):
         result = PassResult()
         if not program.signature.is_causal_lm:
             return result
-        head = _head(program)
+        head = _head(program, self.projections)
         if head is None:
             return result
         editor = Editor(program)
@@ -64,12 +71,12 @@ _POSITIONWISE = frozenset(
 """What may stand between the projection and the logits (scaling, soft-capping)."""
 
 
-def _head(program: Program) -> torch.fx.Node | None:
+def _head(program: Program, projections: frozenset[Any]) -> torch.fx.Node | None:
     """The projection behind the logits, if nothing between them mixes positions."""
     node = program.results[0]
     while node.target in _POSITIONWISE and len(node.all_input_nodes) == 1 and len(node.users) == 1:
         node = node.all_input_nodes[0]
-    is_projection = node.target in (LINEAR, ops.linear)
+    is_projection = node.target in projections
     return node if is_projection and len(node.users) == 1 else None
 
 

@@ -1,0 +1,1 @@
+"""Steps of lowering that several targets share."""
