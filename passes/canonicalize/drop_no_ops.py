@@ -53,6 +53,9 @@ RESHAPES = frozenset({aten.reshape.default, aten.expand.default})
 
 VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 
+NEUTRAL = {aten.mul.Tensor: 1, aten.div.Tensor: 1, aten.add.Tensor: 0, aten.sub.Tensor: 0}
+"""The literal that changes nothing as the second operand."""
+
 
 class DropNoOps(Pass):
     """Drops what computes nothing and strips devices.
@@ -65,6 +68,7 @@ class DropNoOps(Pass):
     6. ``device=``, ``layout=``, ``pin_memory=``     =>  removed: a program has no device
     7. ``view``                                      =>  ``reshape``: a program has no strides
     8. ``copy(to, from)`` of one shape and dtype     =>  ``from``
+    9. ``x * 1``, ``x / 1``, ``x + 0``, ``x - 0``    =>  ``x``
     """
 
     numerics = Exact()
@@ -98,6 +102,9 @@ def _replacement(editor: Editor, node: fx.Node) -> fx.Node | None:
         return _node(args[1]) if _same_spec(args[1], node) else None
     if target in RESHAPES:
         return _node(args[0]) if _same_shape(args[0], node) else None
+    if target in NEUTRAL:
+        neutral = args[1] == NEUTRAL[target] and not node.kwargs and _same_spec(args[0], node)
+        return _node(args[0]) if neutral else None
     if target is aten.slice.Tensor:
         return _node(args[0]) if _is_full_slice(node) else None
     if target is aten.cat.default:
@@ -165,6 +172,8 @@ def _is_full_slice(node: fx.Node) -> bool:
 
 
 def _same_spec(source: Any, node: fx.Node) -> bool:
+    if not isinstance(source, fx.Node):
+        return False
     return _same_shape(source, node) and source.meta["val"].dtype == node.meta["val"].dtype
 
 
