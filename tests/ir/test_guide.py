@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.guides import assert_guide_is_true
 
 from qcompile.ir import dialect
-from tests.guides import assert_guide_is_true
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "ir.md"
 
