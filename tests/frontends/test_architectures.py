@@ -9,10 +9,12 @@ import pytest
 import torch
 from tests.frontends.tiny_models import (
     CORE,
+    GROWING_ROPE,
     MORE,
     TOLERANCE,
     WITHOUT_CACHE,
     decoded_logits,
+    expected_decoded_logits,
     expected_logits,
     raised_tiny_model,
     relative_error,
@@ -20,7 +22,7 @@ from tests.frontends.tiny_models import (
     tokens,
 )
 
-from qcompile.frontends.huggingface import capture_directory, capture_model
+from qcompile.frontends.huggingface import capture_directory
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.types import Role
@@ -46,7 +48,8 @@ def test_architecture_raised_equals_transformers(name: str) -> None:
         assert program.signature.is_causal_lm
         ids, mask = tokens(3, 9, (2, 0, 5))
         found = decoded_logits(program, ids, mask, cuts=(6, 7))
-        assert relative_error(found, expected_logits(model, ids, mask), mask) <= TOLERANCE
+        expected = expected_decoded_logits(model, ids, mask, cuts=(6, 7))
+        assert relative_error(found, expected, mask) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", [*CORE, *SLOW])
@@ -94,10 +97,11 @@ def test_decoder_with_another_state_is_captured_without_cache_and_says_so(name: 
     assert relative_error(found, expected_logits(model, ids, mask), mask) <= TOLERANCE
 
 
-def test_rotary_scaling_follows_the_length_of_the_sequence() -> None:
-    # Up to 8 positions as trained, beyond that with the frequencies for longer sequences.
-    model = tiny_model("phi3-longrope")
-    program = capture_model(model)
+@pytest.mark.parametrize("name", GROWING_ROPE)
+def test_rotary_scaling_follows_the_length_of_the_sequence(name: str) -> None:
+    model, program = raised_tiny_model(name)
+
+    assert operators(program)["qc.rope"] == 4
     for length in (6, 14):
         ids, mask = tokens(1, length, (0,))
         expected = expected_logits(model, ids, mask)

@@ -126,26 +126,6 @@ MORE: Mapping[str, tuple[str, dict[str, Any]]] = {
         "llama",
         _llama_like(**_rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     ),
-    "llama-dynamic-rope": (
-        "llama",
-        _llama_like(
-            **_rope("dynamic", factor=4.0),
-        )
-        | {"max_position_embeddings": 8},
-    ),
-    "phi3-longrope": (
-        "phi3",
-        _llama_like(
-            original_max_position_embeddings=8,
-            **_rope(
-                "longrope",
-                short_factor=[1.0, 1.1, 1.2, 1.3],
-                long_factor=[2.0, 2.1, 2.2, 2.3],
-                original_max_position_embeddings=8,
-                factor=2.0,
-            ),
-        ),
-    ),
     "qwen2-windows": (
         "qwen2",
         _llama_like(use_sliding_window=True, sliding_window=4, max_window_layers=1),
@@ -259,6 +239,30 @@ MORE: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """What was tried beyond that."""
 
+GROWING_ROPE: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama-dynamic-rope": (
+        "llama",
+        _llama_like(
+            **_rope("dynamic", factor=4.0),
+        )
+        | {"max_position_embeddings": 8},
+    ),
+    "phi3-longrope": (
+        "phi3",
+        _llama_like(
+            original_max_position_embeddings=8,
+            **_rope(
+                "longrope",
+                short_factor=[1.0, 1.1, 1.2, 1.3],
+                long_factor=[2.0, 2.1, 2.2, 2.3],
+                original_max_position_embeddings=8,
+                factor=2.0,
+            ),
+        ),
+    ),
+}
+"""Rotary frequencies that change once a sequence is longer than 8 positions."""
+
 WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", _llama_like(layer_types=["conv", "full_attention"])),
     "minimax": (
@@ -268,7 +272,7 @@ WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Decoders that keep something else than growing keys and values."""
 
-ALL = {**CORE, **MORE, **WITHOUT_CACHE}
+ALL = {**CORE, **MORE, **GROWING_ROPE, **WITHOUT_CACHE}
 
 
 def tiny_model(name: str) -> Any:
@@ -321,6 +325,30 @@ def expected_logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         options["use_cache"] = False
     logits: Tensor = model(input_ids=ids, attention_mask=mask, **options).logits
     return logits
+
+
+def expected_decoded_logits(model: Any, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
+    """What transformers computes piece by piece, with its own cache.
+
+    This is not what it computes at once where rotary frequencies depend on the length so far:
+    keys in the cache keep the rotation of their time.
+    """
+    from transformers import DynamicCache
+
+    accepted = inspect.signature(model.forward).parameters
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache, pieces = DynamicCache(), []
+    for start, end in itertools.pairwise((0, *cuts, ids.shape[1])):
+        options = {"position_ids": positions[:, start:end]} if "position_ids" in accepted else {}
+        output = model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :end],
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        pieces.append(output.logits)
+    return torch.cat(pieces, dim=1)
 
 
 def decoded_logits(program: Program, ids: Tensor, mask: Tensor, cuts: tuple[int, ...]) -> Tensor:
