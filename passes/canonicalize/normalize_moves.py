@@ -24,6 +24,7 @@ class NormalizeMoves(Pass):
     2. ``transpose(transpose(x, a, b), a, b)``                  =>  ``x``
     3. ``reshape(reshape(x))``, ``reshape(flatten(x))``         =>  ``reshape(x)``
     4. parts of ``split``, ``chunk`` with constant bounds       =>  ``slice(x, dim, start, end, 1)``
+    5. slices scattered over all of a new tensor, in order      =>  ``cat(slices, dim)``
     """
 
     numerics = Exact()
@@ -36,7 +37,10 @@ class NormalizeMoves(Pass):
         for node in program.calls():
             with editor.before(node):
                 replacement = (
-                    _transpose(editor, node) or _reshape_once(editor, node) or _part(editor, node)
+                    _transpose(editor, node)
+                    or _reshape_once(editor, node)
+                    or _part(editor, node)
+                    or _assembled(editor, node)
                 )
             if replacement is not None:
                 editor.replace(node, replacement)
@@ -98,3 +102,36 @@ def _part(editor: Editor, node: fx.Node) -> fx.Node | None:
         return None
     start = sum(sizes[: int(index)])  # type: ignore[arg-type]
     return editor.call(aten.slice.Tensor, x, dim, start, start + sizes[int(index)], 1)  # type: ignore[arg-type]
+
+
+def _assembled(editor: Editor, node: fx.Node) -> fx.Node | None:
+    """What writing the parts of a new tensor one after the other has left."""
+    parts: list[Any] = []
+    base: Any = node
+    axis: Any = None
+    start: Any = None
+    while isinstance(base, fx.Node) and base.target is aten.slice_scatter.default:
+        args: tuple[Any, ...] = (*base.args, *(0, None, None, 1)[len(base.args) - 2 :])
+        whole, part, dim, first, last, step = args
+        size = whole.meta["val"].shape[dim]
+        first, last = first or 0, size if last is None else last
+        if step != 1 or not all(isinstance(bound, int) for bound in (size, first, last)):
+            return None
+        if min(last, size) != (size if start is None else start) or axis not in (None, dim):
+            return None
+        axis, start = dim, first
+        parts.insert(0, part)
+        base = whole
+    if not parts or start != 0 or not _same_but_for(axis, parts, node):
+        return None
+    return editor.call(aten.cat.default, parts, axis)
+
+
+def _same_but_for(axis: int, parts: list[fx.Node], whole: fx.Node) -> bool:
+    """Whether parts have the shape of the whole on all other axes."""
+    skipped = axis % whole.meta["val"].dim()
+
+    def others(node: fx.Node) -> list[str]:
+        return [str(size) for i, size in enumerate(node.meta["val"].shape) if i != skipped]
+
+    return all(others(part) == others(whole) for part in parts)

@@ -120,6 +120,34 @@ def test_equal_sizes_are_one_node() -> None:
     del model, x
 
 
+def test_tensor_assembled_in_place_is_a_concatenation() -> None:
+    def function(m: Module, x: Tensor) -> Tensor:
+        whole = x.new_empty(*x.shape[:-1], 10)
+        whole[..., :4] = nn.functional.linear(x, m.b[:4])
+        whole[..., 4:] = x @ m.a
+        return whole
+
+    program, model, x = canonical(function)
+
+    (node,) = program.calls(torch.ops.aten.cat.default)
+    assert node in program.results
+    assert not list(program.calls(torch.ops.aten.slice_scatter.default))
+    torch.testing.assert_close(program(x), model(x))
+
+
+def test_tensor_assembled_with_a_gap_is_left() -> None:
+    def function(m: Module, x: Tensor) -> Tensor:
+        whole = x.new_zeros(*x.shape[:-1], 10)
+        whole[..., :3] = (x @ m.a)[..., :3]
+        whole[..., 4:] = x @ m.a
+        return whole
+
+    program, model, x = canonical(function)
+
+    assert not list(program.calls(torch.ops.aten.cat.default))
+    torch.testing.assert_close(program(x), model(x))
+
+
 def test_product_of_two_activations_is_no_linear() -> None:
     program, model, x = canonical(lambda m, x: x @ x.transpose(1, 2))
 

@@ -101,7 +101,7 @@ def program_of(mask: Mask, *, additive: bool = False, padded: bool = True) -> Pr
 def _as_input(graph: fx.Graph) -> fx.Node:
     """Makes the second result, an empty tensor, an input."""
     output = next(reversed(graph.nodes))
-    result, given = output.args[0]  # type: ignore[misc]
+    result, given = output.args[0]
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         past = graph.placeholder("past")
     past.meta = dict(given.meta)
