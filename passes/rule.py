@@ -157,6 +157,8 @@ class ApplyRules(Pass):
         invalidates: Facts that may no longer hold after.
         numerics: What all the rules promise about results.
         on_rewrite: Told of every rewrite, for example to check it.
+        report_misses: Whether places that almost fit become skips. Not for rules whose last
+            operator is common: most sums are no bias.
     """
 
     def __init__(
@@ -169,8 +171,10 @@ class ApplyRules(Pass):
         invalidates: Iterable[Fact] = (),
         numerics: Numerics | None = None,
         on_rewrite: Callable[[Rewrite], None] | None = None,
+        report_misses: bool = True,
     ) -> None:
         self.rules = tuple(rules)
+        self._report_misses = report_misses
         self._name = name
         self._on_rewrite = on_rewrite
         # What other passes say of their class, these say of themselves.
@@ -197,7 +201,8 @@ class ApplyRules(Pass):
         run = _Run(self.rules, program, self._on_rewrite)
         run.to_fixpoint()
         counts = [{"rule": rule.name, "rewrites": run.counts[rule]} for rule in self.rules]
-        return PassResult(sum(run.counts.values()), _skips(run.refusals), counts)
+        skips = _skips(run.refusals) if self._report_misses else []
+        return PassResult(sum(run.counts.values()), skips, counts)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class NormalizeLinear(ApplyRules):
                 BiasIntoLinear(),
                 BmmToMatmul(),
                 BaddbmmToMatmul(),
-            )
+            ),
+            report_misses=False,
         )
 
 

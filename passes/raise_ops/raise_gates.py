@@ -24,7 +24,7 @@ class RaiseGates(ApplyRules):
     requires = frozenset({Fact.CANONICAL})
 
     def __init__(self) -> None:
-        super().__init__((RaiseGate(),))
+        super().__init__((RaiseGate(),), report_misses=False)
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Applies the rule; a product that is no gate is no barrier, so it is not reported."""

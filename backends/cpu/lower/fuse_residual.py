@@ -18,7 +18,7 @@ class FuseResidual(ApplyRules):
     """Lets the library's linear layers add the residual stream themselves."""
 
     def __init__(self) -> None:
-        super().__init__((TakeResidual(),))
+        super().__init__((TakeResidual(),), report_misses=False)
 
 
 class TakeResidual(Rule):
