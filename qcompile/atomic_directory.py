@@ -40,8 +40,8 @@ def write_artifact_directory(
     Raises:
         ArtifactError: If `output` must not be replaced, cannot be written, or the disk is full.
     """
+    refuse_to_destroy(output, overwrite)
     output = output.absolute() if not output.exists() else output.resolve()
-    _refuse_to_destroy(output, overwrite)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(output)
@@ -54,7 +54,7 @@ def write_artifact_directory(
         _check_free_space(output, bytes_needed)
         yield temporary
         _flush_to_disk(temporary)
-        _refuse_to_destroy(output, overwrite)
+        refuse_to_destroy(output, overwrite)
         _put_in_place(temporary, output)
     except OSError as error:
         if error.errno in _FULL_DISK:
@@ -66,7 +66,13 @@ def write_artifact_directory(
         os.close(lock)
 
 
-def _refuse_to_destroy(output: Path, overwrite: bool) -> None:
+def refuse_to_destroy(output: Path, overwrite: bool) -> None:
+    """Says before the work begins that an output must not be replaced.
+
+    Raises:
+        ArtifactError: If something stands at `output` that is no artifact, or one that may not be
+            overwritten.
+    """
     if not os.path.lexists(output):
         return
     if not output.is_dir():

@@ -15,7 +15,7 @@ import torch
 
 import qcompile
 from qcompile.artifact import Artifact, load
-from qcompile.atomic_directory import write_artifact_directory
+from qcompile.atomic_directory import refuse_to_destroy, write_artifact_directory
 from qcompile.backends.registry import get_target
 from qcompile.errors import DataError, ModelError
 from qcompile.frontends.huggingface import capture_model
@@ -91,6 +91,7 @@ def compile(
         with _phase(report, progress, "capture"):
             program = open_model(model, example_inputs, dequantize)
         destination = _destination(output, program, resolved, target)
+        refuse_to_destroy(destination, overwrite)
         program = _run(front_phases(), program, context, report)
         preflight(program, resolved, backend).refuse()
         program = _run(recipe_phases(resolved), program, context, report)

@@ -228,7 +228,7 @@ def _attention(
         0,
         float(softcap or 0.0),
     )
-    return output.transpose(1, 2), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
