@@ -58,7 +58,13 @@ class Probe:
         """A size, with numbers for the symbols."""
         if isinstance(size, int):
             return size
-        return int(size.node.expr.subs(self._sizes))
+        return self._evaluate(size, self._sizes)
+
+    def _evaluate(self, size: torch.SymInt, known: Mapping[sympy.Symbol, int]) -> int:
+        """A size under an assignment; symbols that no input has (counts of tokens) get one too."""
+        for symbol in size.node.expr.free_symbols - known.keys():
+            self._sizes.setdefault(symbol, _SIZES[len(self._sizes) % len(_SIZES)])
+        return int(size.node.expr.subs({**self._sizes, **known}))
 
     def random(self, node: fx.Node, scale: float = 1.0) -> Tensor:
         """Random float64 numbers in the shape of a node."""
@@ -69,7 +75,8 @@ class Probe:
         """The value of `output` when the `given` nodes have the given values.
 
         Raises:
-            NotClosedError: If it depends on an input of the program that is not given.
+            NotClosedError: If it depends on an input of the program that is not given, or cannot
+                be run on these values.
         """
         values: dict[fx.Node, Any] = dict(given)
         sizes = self._sizes | _observed_sizes(given)
@@ -83,7 +90,7 @@ class Probe:
     ) -> Any:
         value = node.meta["val"]
         if isinstance(value, torch.SymInt):
-            return int(value.node.expr.subs(sizes))
+            return self._evaluate(value, sizes)
         if isinstance(value, int):
             return value
         if node.op == "get_attr":
@@ -95,7 +102,11 @@ class Probe:
         args, kwargs = fx.node.map_aggregate(
             filled, lambda v: torch.float64 if v is torch.float32 else v
         )
-        return call(*args, **kwargs)
+        try:
+            return call(*args, **kwargs)
+        except (RuntimeError, IndexError, ValueError) as error:
+            # Sizes that depend on data are numbers here, and need not fit the data.
+            raise NotClosedError(node.name) from error
 
     def _weight(self, name: str) -> Tensor:
         if self.program.weights.spec(name).elements > _MAX_PROBED_WEIGHT:

@@ -362,6 +362,7 @@ def decoded_logits(program: Program, ids: Tensor, mask: Tensor, cuts: tuple[int,
     return torch.cat(pieces, dim=1)
 
 
+@torch.no_grad()
 def relative_error(found: Tensor, expected: Tensor, mask: Tensor) -> float:
     """Max |difference| over max |logit|, both on positions that are not padding."""
     difference = (found - expected)[mask.bool()].abs().max()
