@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +9,7 @@ from torch import Tensor, fx
 
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
-from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
-from qcompile.passes.infra import Context, PassResult
 from qcompile.passes.rule import ApplyRules, Const, Match, Rule
 
 aten = torch.ops.aten
@@ -25,10 +22,6 @@ class RaiseGates(ApplyRules):
 
     def __init__(self) -> None:
         super().__init__((RaiseGate(),), report_misses=False)
-
-    def run(self, program: Program, context: Context) -> PassResult:
-        """Applies the rule; a product that is no gate is no barrier, so it is not reported."""
-        return replace(super().run(program, context), skips=[])
 
 
 class RaiseGate(Rule):
