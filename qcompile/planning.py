@@ -29,7 +29,7 @@ from qcompile.passes.infra import (
 )
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
 from qcompile.passes.quantize.policy import FormatPolicy
-from qcompile.passes.quantize.quantize_weights import replace_weight
+from qcompile.passes.quantize.replace_weight import replace_weight
 from qcompile.pipeline import recipe_phases
 from qcompile.recipe import QuantizeWeights, Recipe, StepOptions
 

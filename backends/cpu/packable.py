@@ -1,26 +1,23 @@
-"""Which integer codes the kernels read."""
+"""Which formats the kernels read."""
 
 from __future__ import annotations
 
 import torch
 
+from qcompile.formats import Format, IntegerFormat
 from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES
 
 
-def unpackable_reason(bits: int, group_size: int, scale_dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot read a weight of this kind, one clause; None if they can.
-
-    Args:
-        bits: Of a code.
-        group_size: Weights per scale; 0 is one group per row.
-        scale_dtype: Of the stored scales.
-    """
-    if bits not in PACKABLE_BITS:
+def unpackable_reason(format: Format) -> str | None:
+    """Why the kernels cannot read weights of a format, one clause; None if they can."""
+    if not isinstance(format, IntegerFormat):
+        return f"the cpu kernels have no {format}"
+    if format.bits not in PACKABLE_BITS:
         widths = " and ".join(str(width) for width in PACKABLE_BITS)
         return f"the cpu kernels read codes of {widths} bits"
-    if _name(scale_dtype) not in SCALE_DTYPES:
+    if _name(format.scale_dtype) not in SCALE_DTYPES:
         return f"the cpu kernels read scales of {', '.join(SCALE_DTYPES)}"
-    if group_size % _GROUP_UNIT:
+    if format.group_size % _GROUP_UNIT:
         return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}"
     return None
 

@@ -11,8 +11,6 @@ from qcompile.backends.cpu.packable import unpackable_reason
 from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
-from qcompile.formats.base import Format
-from qcompile.formats.integer import IntegerFormat
 from qcompile.ir.program import Program
 from qcompile.ir.types import Port, Role
 from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
@@ -35,8 +33,8 @@ class CpuTarget(Target):
     def capabilities(self) -> Capabilities:
         """Integer weights of the widths that the kernels read; int8 activations."""
         return Capabilities(
-            weight_format=_format_reason,
-            embedding_format=_format_reason,
+            weight_format=unpackable_reason,
+            embedding_format=unpackable_reason,
             activation_formats=frozenset({"int8"}),
         )
 
@@ -73,12 +71,6 @@ def _emit(program: Program) -> OnnxGraph:
     graph = OnnxEmitter(TRANSLATIONS).emit(program, name=program.provenance.name)
     _rename_capacity(graph, program)
     return graph
-
-
-def _format_reason(format: Format) -> str | None:
-    if not isinstance(format, IntegerFormat):
-        return f"the cpu kernels have no {format}"
-    return unpackable_reason(format.bits, format.group_size, format.scale_dtype)
 
 
 def _rename_capacity(graph: OnnxGraph, program: Program) -> None:

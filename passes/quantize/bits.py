@@ -6,12 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import fx
-
-from qcompile.formats import IntegerFormat
+from qcompile.formats import StoredWeight, stored_weight
 from qcompile.ir.program import Program
-from qcompile.passes.quantize.layers import dequantized_weight
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,7 @@ class StoredTensor:
         format: The name of its format, or of its dtype (such as ``"float32"``).
         shape: Of the weight.
         code_bits: Bits of the codes, or of the numbers where it is not quantized.
-        scale_bits: Bits of scales.
+        scale_bits: Bits of scales, and of tables beside them.
         zero_point_bits: Bits of zero points.
         quantized: Whether codes stand for it.
     """
@@ -112,10 +108,9 @@ def count_bits(program: Program) -> BitsReport:
     tensors: dict[str, StoredTensor] = {}
     parts: set[str] = set()
     for node in program.graph.nodes:
-        if (weight := dequantized_weight(node)) is not None:
-            stored = _quantized(program, weight)
-            tensors[stored.name] = stored
-            parts.update(str(n.target) for n in weight.all_input_nodes if n.op == "get_attr")
+        if (weight := stored_weight(node)) is not None:
+            tensors[weight.name] = _quantized(weight)
+            parts.update(str(tensor.target) for tensor in weight.tensors.values())
         elif node.op == "get_attr":
             spec = program.weights.spec(str(node.target))
             tensors[str(node.target)] = StoredTensor(
@@ -127,30 +122,16 @@ def count_bits(program: Program) -> BitsReport:
     return BitsReport(tuple(t for name, t in tensors.items() if name not in parts))
 
 
-def stored_format(program: Program, dequantize: fx.Node) -> IntegerFormat:
-    """The format of the stored codes that a `qc.dequantize` call decodes."""
-    _, scale, zero_point, bits, group_size = dequantize.args
-    assert isinstance(scale, fx.Node)
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
-    dtype: torch.dtype = program.weights.spec(str(scale.target)).dtype
-    return IntegerFormat(bits, group_size, zero_point is None, dtype)
-
-
-def _quantized(program: Program, dequantize: fx.Node) -> StoredTensor:
-    codes = dequantize.args[0]
-    assert isinstance(codes, fx.Node)
-    format = stored_format(program, dequantize)
-    shape = program.weights.spec(str(codes.target)).shape
-    specs = format.tensors(shape)
-    zero_points = specs["zero_point"].elements if "zero_point" in specs else 0
+def _quantized(weight: StoredWeight) -> StoredTensor:
+    bits = weight.format.bits_by_part(weight.shape)
+    codes, zero_points = bits.pop("codes"), bits.pop("zero_point", 0)
     return StoredTensor(
-        name=str(codes.target).removesuffix(".codes"),
-        format=str(format),
-        shape=shape,
-        code_bits=specs["codes"].elements * format.bits,
-        scale_bits=specs["scale"].bytes * 8,
-        zero_point_bits=zero_points * format.bits,
+        name=weight.name,
+        format=str(weight.format),
+        shape=weight.shape,
+        code_bits=codes,
+        scale_bits=sum(bits.values()),
+        zero_point_bits=zero_points,
         quantized=True,
     )
 

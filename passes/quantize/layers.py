@@ -9,7 +9,6 @@ from enum import Enum
 import torch
 from torch import fx
 
-from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.types import Role
@@ -98,14 +97,6 @@ def output_projection(program: Program) -> fx.Node | None:
         if port.role is Role.LOGITS:
             return next((n for n in _chain(result) if n.target == LINEAR), None)
     return None
-
-
-def dequantized_weight(node: object) -> fx.Node | None:
-    """The `qc.dequantize` call behind an operand, if it decodes stored codes."""
-    if not isinstance(node, fx.Node) or node.target != dialect.dequantize:
-        return None
-    codes = node.args[0]
-    return node if isinstance(codes, fx.Node) and codes.op == "get_attr" else None
 
 
 def _part(

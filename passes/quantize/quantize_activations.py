@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import fx
 
 from qcompile.errors import RecipeError
+from qcompile.formats import stored_weight
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
-from qcompile.passes.quantize.layers import LINEAR, dequantized_weight
+from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import matches_any
 
 FORMATS = {"int8": 8}
@@ -74,18 +75,18 @@ class QuantizeActivations(Pass):
         result = PassResult()
         rounded: dict[tuple[fx.Node, int], tuple[fx.Node, list[str]]] = {}
         for linear in program.calls(LINEAR):
-            weight = dequantized_weight(linear.args[1])
+            weight = stored_weight(linear.args[1])
             source = linear.args[0]
             if weight is None or not isinstance(source, fx.Node):
                 continue
-            name = _weight_name(weight)
+            name = weight.name
             if matches_any(self._ignore, name):
                 result.skips.append(Skip(name, "its input is kept float by the recipe"))
                 continue
             if source.target == dialect.dequantize:
                 result.skips.append(Skip(name, "its input is rounded already"))
                 continue
-            group_size = _group_size(weight) if self._per_group else 0
+            group_size = weight.format.group_size if self._per_group else 0
             key = (source, group_size)
             if key not in rounded:
                 with editor.before(linear):
@@ -108,15 +109,3 @@ class QuantizeActivations(Pass):
         scale = editor.call(dialect.dynamic_scale, source, self._bits, group_size)
         codes = editor.call(dialect.quantize, source, scale, None, self._bits, group_size)
         return editor.call(dialect.dequantize, codes, scale, None, self._bits, group_size)
-
-
-def _weight_name(dequantize: fx.Node) -> str:
-    codes = dequantize.args[0]
-    assert isinstance(codes, fx.Node)
-    return str(codes.target).removesuffix(".codes")
-
-
-def _group_size(dequantize: fx.Node) -> int:
-    group_size = dequantize.args[4]
-    assert isinstance(group_size, int)
-    return group_size

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
-from torch import fx
-
 from qcompile.errors import RecipeError
-from qcompile.formats import Format, IntegerFormat, QuantizedWeight, Rounded, ScaleSearch, rtn
-from qcompile.ir import dialect
-from qcompile.ir.edit import Editor
+from qcompile.formats import Format, Rounded, ScaleSearch, rtn
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
 from qcompile.passes.quantize.policy import FormatPolicy, Override
+from qcompile.passes.quantize.replace_weight import replace_weight
 
 METHODS = ("rtn",)
 """How codes can be chosen."""
@@ -111,42 +108,6 @@ class QuantizeWeights(Pass):
             result.details.append(_record(weight, rounded))
             context.progress.advance(1, weight.name)
         return result
-
-
-def replace_weight(program: Program, weight: LayerWeight, quantized: QuantizedWeight) -> fx.Node:
-    """Stores a quantized weight as ``<name>.<tensor>`` and lets all users of the float one use it.
-
-    Args:
-        program: The program to edit.
-        weight: The float weight.
-        quantized: What stands for it, in an `IntegerFormat`.
-
-    Returns:
-        The one `qc.dequantize` node.
-
-    Raises:
-        NotImplementedError: The dialect has no operator that decodes the format.
-    """
-    format = quantized.format
-    if not isinstance(format, IntegerFormat):
-        raise NotImplementedError(f"no operator of the dialect decodes {format}")
-    for part, tensor in quantized.tensors.items():
-        program.weights.put(f"{weight.name}.{part}", tensor)
-    editor = Editor(program)
-    first, *others = weight.references
-    with editor.before(first):
-        tensors = {part: editor.weight(f"{weight.name}.{part}") for part in quantized.tensors}
-        value = editor.call(
-            dialect.dequantize,
-            tensors["codes"],
-            tensors["scale"],
-            tensors.get("zero_point"),
-            format.bits,
-            format.group_size,
-        )
-    for reference in (first, *others):
-        editor.replace(reference, value)
-    return value
 
 
 def _record(weight: LayerWeight, rounded: Rounded) -> dict[str, object]:

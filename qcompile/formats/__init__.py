@@ -1,9 +1,10 @@
 """What is stored for a quantized weight, and how it is named."""
 
-from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch
+from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch, StoredWeight
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.registry import parse_format
 from qcompile.formats.rtn import Rounded, relative_error, rtn
+from qcompile.formats.stored import stored_weight
 
 __all__ = [
     "Format",
@@ -11,7 +12,9 @@ __all__ = [
     "QuantizedWeight",
     "Rounded",
     "ScaleSearch",
+    "StoredWeight",
     "parse_format",
     "relative_error",
     "rtn",
+    "stored_weight",
 ]

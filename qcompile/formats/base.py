@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, fx
 
+from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
 
 ScaleSearch = Literal["absmax", "mse"]
@@ -37,8 +38,40 @@ class QuantizedWeight:
     tensors: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class StoredWeight:
+    """A quantized weight as it stands in a program's graph.
+
+    Attributes:
+        format: What its tensors mean.
+        tensors: Name of each tensor, as in `Format.tensors`, to the `get_attr` node that names it.
+        value: The node that decodes them.
+    """
+
+    format: Format
+    tensors: Mapping[str, fx.Node]
+    value: fx.Node
+
+    @property
+    def name(self) -> str:
+        """The weight, by its name in the checkpoint."""
+        return str(self.tensors["codes"].target).removesuffix(".codes")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight, [..., K]."""
+        return tuple(int(size) for size in self.value.meta["val"].shape)
+
+
 class Format(ABC):
-    """A way of storing a weight [..., K] in few bits."""
+    """A way of storing a weight [..., K] in few bits.
+
+    A format stands on both sides of the graph: `emit` writes the nodes that decode a weight, and
+    `recognize` finds a weight of this family in them again.
+    """
+
+    group_size: int
+    """Weights that share a scale, along the last axis; 0 where all of a row do."""
 
     @property
     @abstractmethod
@@ -69,8 +102,33 @@ class Format(ABC):
         """The tensors that stand for a weight of a shape in a program, before any packing."""
 
     @abstractmethod
+    def bits_by_part(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """Bits of information stored for a weight of a shape, by part, without any padding.
+
+        The parts are those of `tensors`, ``"codes"`` among them, and tables that the format brings
+        along.
+        """
+
+    @abstractmethod
+    def emit(self, editor: Editor, tensors: Mapping[str, fx.Node]) -> fx.Node:
+        """Writes the nodes that decode a weight where the editor stands.
+
+        Args:
+            editor: Of the program.
+            tensors: Name of each of `tensors` to the `get_attr` node that names it.
+
+        Returns:
+            The node whose value is the weight, float32 [..., K].
+        """
+
+    @classmethod
+    @abstractmethod
+    def recognize(cls, node: fx.Node) -> StoredWeight | None:
+        """The weight that a node decodes, if its format is of this class: `emit` read backwards."""
+
     def stored_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits of information stored for a weight of a shape: codes and everything beside them."""
+        """All bits stored for a weight of a shape: codes and everything beside them."""
+        return sum(self.bits_by_part(shape).values())
 
     def rows(self, quantized: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
         """The part of a quantized weight that stands for a range of its first axis.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompile.errors import RecipeError
-from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch
+from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch, StoredWeight
 from qcompile.formats.scalar_grid import ScalarGrid
+from qcompile.ir import dialect
+from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.quantize.groups import group_count
@@ -123,10 +126,38 @@ class IntegerFormat(Format):
             specs["zero_point"] = TensorSpec(grouped, torch.uint8)
         return specs
 
-    def stored_bits(self, shape: tuple[int, ...]) -> int:
-        """`bits` for each code and each zero point, and the scales; no padding."""
+    def bits_by_part(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """`bits` for each code and each zero point, and the scales."""
         specs = self.tensors(shape)
-        bits = specs["codes"].elements * self.bits + specs["scale"].bytes * 8
+        parts = {"codes": specs["codes"].elements * self.bits, "scale": specs["scale"].bytes * 8}
         if "zero_point" in specs:
-            bits += specs["zero_point"].elements * self.bits
-        return bits
+            parts["zero_point"] = specs["zero_point"].elements * self.bits
+        return parts
+
+    def emit(self, editor: Editor, tensors: Mapping[str, fx.Node]) -> fx.Node:
+        """One `qc.dequantize`."""
+        return editor.call(
+            dialect.dequantize,
+            tensors["codes"],
+            tensors["scale"],
+            tensors.get("zero_point"),
+            self.bits,
+            self.group_size,
+        )
+
+    @classmethod
+    def recognize(cls, node: fx.Node) -> StoredWeight | None:
+        """The weight that a `qc.dequantize` of stored codes decodes."""
+        if node.target != dialect.dequantize:
+            return None
+        codes, scale, zero_point, bits, group_size = node.args
+        if not isinstance(codes, fx.Node) or codes.op != "get_attr":
+            return None  # of activations
+        assert isinstance(scale, fx.Node)
+        assert isinstance(bits, int)
+        assert isinstance(group_size, int)
+        tensors = {"codes": codes, "scale": scale}
+        if isinstance(zero_point, fx.Node):
+            tensors["zero_point"] = zero_point
+        format = cls(bits, group_size, zero_point is None, scale.meta["val"].dtype)
+        return StoredWeight(format, tensors, node)

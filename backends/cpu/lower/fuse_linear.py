@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from qcompile.backends.cpu import ops
 from qcompile.backends.cpu.packable import scale_dtype_index, unpackable_reason
 from qcompile.errors import TargetError
+from qcompile.formats import IntegerFormat, StoredWeight, stored_weight
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
@@ -41,8 +42,8 @@ class FuseLinear(Pass):
         result = PassResult()
         editor = Editor(program)
         for node in program.calls(aten.linear.default, aten.embedding.default):
-            weight = node.args[1] if node.target is aten.linear.default else node.args[0]
-            if not isinstance(weight, fx.Node) or not is_stored_weight(weight):
+            weight = stored_weight(node.args[1 if node.target is aten.linear.default else 0])
+            if weight is None:
                 continue
             with editor.before(node):
                 packed, layout = _packed(editor, weight)
@@ -55,45 +56,26 @@ class FuseLinear(Pass):
         return result
 
 
-def is_stored_weight(node: fx.Node) -> bool:
-    """Whether a node decodes stored integer codes."""
-    return (
-        node.target is dialect.dequantize
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "get_attr"
-    )
-
-
 Layout = tuple[int, int, int, int, bool, int]
 """n, k, bits, group_size, has_zero_point, scale_dtype: as the operators take them."""
 
 
-def _packed(editor: Editor, weight: fx.Node) -> tuple[fx.Node, Layout]:
-    codes, scale, zero_point, bits, group_size = weight.args
-    assert isinstance(codes, fx.Node)
-    assert isinstance(scale, fx.Node)
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
-    name = str(codes.target)
-    _refuse_unpackable(name, bits, group_size, scale.meta["val"].dtype)
-    n, k = codes.meta["val"].shape
-    has_zero_point = isinstance(zero_point, fx.Node)
-    scale_dtype = scale_dtype_index(scale.meta["val"].dtype)
-    layout = (n, k, bits, group_size, has_zero_point, scale_dtype)
-    packed_name = f"{name}.packed"
-    if packed_name not in editor.program.weights:
-        operands = [str(n.target) for n in (codes, scale, zero_point) if isinstance(n, fx.Node)]
-        _define_packed(editor.program, packed_name, tuple(operands), layout)
-    return editor.weight(packed_name), layout
-
-
-def _refuse_unpackable(name: str, bits: int, group_size: int, scale_dtype: torch.dtype) -> None:
-    reason = unpackable_reason(bits, group_size, scale_dtype)
+def _packed(editor: Editor, weight: StoredWeight) -> tuple[fx.Node, Layout]:
+    format, (n, k) = weight.format, weight.shape
+    reason = unpackable_reason(format)
     if reason is not None:
         raise TargetError(
-            f"weight '{name.removesuffix('.codes')}': {reason}",
+            f"weight '{weight.name}': {reason}",
             remedy="choose another format for it in the recipe, such as int4-g32 or int8",
         )
+    assert isinstance(format, IntegerFormat)
+    scale_dtype = scale_dtype_index(format.scale_dtype)
+    layout = (n, k, format.bits, format.group_size, not format.symmetric, scale_dtype)
+    packed_name = f"{weight.name}.codes.packed"
+    if packed_name not in editor.program.weights:
+        operands = tuple(str(tensor.target) for tensor in weight.tensors.values())
+        _define_packed(editor.program, packed_name, operands, layout)
+    return editor.weight(packed_name), layout
 
 
 def _define_packed(

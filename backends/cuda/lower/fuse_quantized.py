@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.cuda import ops
+from qcompile.errors import TargetError
+from qcompile.formats import IntegerFormat, StoredWeight, stored_weight
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.quantized_linear.layout import pack_codes, packed_shape
 from qcompile.passes.infra import Context, Equivalent, Numerics, Pass, PassResult
-from qcompile.passes.quantize.layers import EMBEDDING, LINEAR, dequantized_weight
+from qcompile.passes.quantize.layers import EMBEDDING, LINEAR
 
 
 class FuseQuantized(Pass):
@@ -37,7 +39,7 @@ class FuseQuantized(Pass):
         editor = Editor(program)
         for node in program.calls(LINEAR, EMBEDDING):
             operand = node.args[1] if node.target is LINEAR else node.args[0]
-            weight = dequantized_weight(operand)
+            weight = stored_weight(operand)
             if weight is None:
                 continue
             with editor.before(node):
@@ -68,12 +70,16 @@ class _Packed:
     numbers: tuple[int, int, int]
 
 
-def _pack(editor: Editor, weight: fx.Node) -> _Packed:
-    codes, scale, zero_point, bits, group_size = weight.args
-    assert isinstance(codes, fx.Node)
-    assert isinstance(bits, int)
-    assert isinstance(group_size, int)
-    n, k = (int(size) for size in codes.meta["val"].shape)
+def _pack(editor: Editor, weight: StoredWeight) -> _Packed:
+    format = weight.format
+    if not isinstance(format, IntegerFormat):
+        raise TargetError(
+            f"weight '{weight.name}': the cuda kernels have no {format}",
+            remedy="choose an integer format for it in the recipe, such as int4-g32",
+        )
+    codes, scale = weight.tensors["codes"], weight.tensors["scale"]
+    zero_point = weight.tensors.get("zero_point")
+    bits, (n, k) = format.bits, weight.shape
     name = str(codes.target)
     packed = f"{name}.packed"
     if packed not in editor.program.weights:
@@ -88,12 +94,11 @@ def _pack(editor: Editor, weight: fx.Node) -> _Packed:
         _transposed(editor, scale),
         None if zero_point is None else _transposed(editor, zero_point),
     )
-    return _Packed(tensors, (k, bits, group_size))
+    return _Packed(tensors, (k, bits, format.group_size))
 
 
-def _transposed(editor: Editor, node: object) -> fx.Node:
+def _transposed(editor: Editor, node: fx.Node) -> fx.Node:
     """A stored ``[N, G]`` as ``[G, N]``."""
-    assert isinstance(node, fx.Node)
     name = str(node.target)
     transposed = f"{name}.transposed"
     weights = editor.program.weights
