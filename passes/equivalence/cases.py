@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -27,6 +27,34 @@ _FALLBACK_ROWS = 2
 """Integers whose meaning nothing tells are 0 or 1: valid as flags, and as rows of any table."""
 
 
+class Sizes:
+    """Numbers for symbolic sizes. Programs have thousands of sizes, few different ones.
+
+    Args:
+        symbols: What each symbol stands for.
+    """
+
+    def __init__(self, symbols: Mapping[sympy.Symbol, int]) -> None:
+        self._symbols = symbols
+        self._known: dict[sympy.Expr, int | None] = {}
+
+    def number(self, size: int | torch.SymInt) -> int | None:
+        """A size in numbers; None if it depends on data."""
+        if isinstance(size, int):
+            return size
+        term = expression(size)
+        if term not in self._known:
+            value = term.subs(self._symbols)
+            self._known[term] = int(value) if value.is_Integer and value >= 0 else None
+        return self._known[term]
+
+    def shape(self, value: Tensor) -> tuple[int, ...]:
+        """The shape of a fake tensor in numbers, which must not depend on data."""
+        numbers = tuple(map(self.number, value.shape))
+        assert None not in numbers
+        return cast("tuple[int, ...]", numbers)
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of inputs for a program and for what passes make of it.
@@ -34,7 +62,7 @@ class Case:
     Attributes:
         label: What is special about it, for messages.
         values: Input tensors by the name of their port, floating ones in float64.
-        sizes: What the symbolic sizes stand for.
+        sizes: Numbers for the symbolic sizes.
         keep: ``[batch, past + query]``, True where a position is no padding; None where the
             program has no attention mask.
         query: Tokens per row; 0 for programs without tokens.
@@ -42,14 +70,9 @@ class Case:
 
     label: str
     values: Mapping[str, Tensor]
-    sizes: Mapping[sympy.Symbol, int]
+    sizes: Sizes
     keep: Tensor | None
     query: int
-
-    def size(self, size: int | torch.SymInt) -> int | None:
-        """A size in numbers; None if it depends on data."""
-        value = expression(size).subs(self.sizes)
-        return int(value) if value.is_Integer and value >= 0 else None
 
     def bind(self, program: Program) -> dict[fx.Node, Tensor]:
         """The value of each placeholder.
@@ -109,15 +132,16 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
         Role.PAST_KEY: (_BATCH, None, past, None),
         Role.PAST_VALUE: (_BATCH, None, past, None),
     }
-    sizes: dict[sympy.Symbol, int] = {}
+    symbols: dict[sympy.Symbol, int] = {}
     for node, port in ports:
         wanted = lengths.get(port.role, ())
         for size, number in zip(node.meta["val"].shape, wanted, strict=False):
             symbol = expression(size)
             if isinstance(symbol, sympy.Symbol) and number is not None:
-                sizes.setdefault(symbol, number)
-    _assign_rest(program, sizes)
-    shapes = {node: _numbers(node.meta["val"].shape, sizes) for node, _ in ports}
+                symbols.setdefault(symbol, number)
+    _assign_rest(program, symbols)
+    sizes = Sizes(symbols)
+    shapes = {node: sizes.shape(node.meta["val"]) for node, _ in ports}
     generator = torch.Generator().manual_seed(seed)
     has_mask = any(port.role is Role.ATTENTION_MASK for _, port in ports)
     batch, query = next(shapes[node] for node, port in ports if port.role is Role.INPUT_IDS)
@@ -137,15 +161,16 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
 
 
 def _plain_case(program: Program, seed: int, traced_sizes: bool) -> Case:
-    sizes: dict[sympy.Symbol, int] = {}
+    symbols: dict[sympy.Symbol, int] = {}
     if traced_sizes:
         for size in _symbolic_sizes(program):
             if isinstance(expression(size), sympy.Symbol) and size.node.hint is not None:
-                sizes[expression(size)] = int(size.node.hint)
-    _assign_rest(program, sizes)
+                symbols[expression(size)] = int(size.node.hint)
+    _assign_rest(program, symbols)
+    sizes = Sizes(symbols)
     generator = torch.Generator().manual_seed(seed)
     values = {
-        port.name: _random(node, _numbers(node.meta["val"].shape, sizes), generator)
+        port.name: _random(node, sizes.shape(node.meta["val"]), generator)
         for node, port in _ports(program)
     }
     label = "with the traced sizes" if traced_sizes else "with small sizes"
@@ -168,21 +193,18 @@ def _symbolic_sizes(program: Program) -> Iterator[torch.SymInt]:
                 yield size
 
 
-def _assign_rest(program: Program, sizes: dict[sympy.Symbol, int]) -> None:
+def _assign_rest(program: Program, symbols: dict[sympy.Symbol, int]) -> None:
     """Gives a number to every symbol that has none yet."""
     least: dict[sympy.Symbol, int] = {}
     for size in _symbolic_sizes(program):
         for symbol in sorted(expression(size).free_symbols, key=str):
-            least.setdefault(symbol, int(size.node.shape_env.bound_sympy(symbol).lower))
-    free = [symbol for symbol in least if symbol not in sizes]
+            if symbol not in least:
+                least[symbol] = int(size.node.shape_env.bound_sympy(symbol).lower)
+    free = [symbol for symbol in least if symbol not in symbols]
     for i, symbol in enumerate(free):
-        sizes[symbol] = max(_SIZES[i % len(_SIZES)], least[symbol])
+        symbols[symbol] = max(_SIZES[i % len(_SIZES)], least[symbol])
     for total, parts in size_identities(program).items():
-        sizes[total] = int(parts.subs(sizes))
-
-
-def _numbers(shape: torch.Size, sizes: Mapping[sympy.Symbol, int]) -> tuple[int, ...]:
-    return tuple(int(expression(size).subs(sizes)) for size in shape)
+        symbols[total] = int(parts.subs(symbols))
 
 
 def _random(node: fx.Node, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -266,7 +266,7 @@ class _Proof:
         case = self.cases[number]
         given: dict[fx.Node, Any] = {}
         for nodes in region.entries:
-            shape = _shape(case, nodes[0])
+            shape = case.sizes.shape(nodes[0].meta["val"])
             value = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             given |= dict.fromkeys(nodes, value)
         old, new = self.sides
@@ -325,7 +325,9 @@ class _Proof:
             isinstance(value, Tensor)
             and value.dtype.is_floating_point
             and self.numbers.is_shared(node)
-            and all(case.size(size) is not None for case in self.cases for size in value.shape)
+            and all(
+                case.sizes.number(size) is not None for case in self.cases for size in value.shape
+            )
         )
 
 
@@ -334,8 +336,3 @@ def _comparable(old: fx.Node, new: fx.Node) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dim() == other.dim()
     return not isinstance(one, Tensor) and not isinstance(other, Tensor)
-
-
-def _shape(case: Case, node: fx.Node) -> tuple[int, ...]:
-    sizes = (case.size(size) for size in node.meta["val"].shape)
-    return tuple(size for size in sizes if size is not None)
