@@ -33,7 +33,7 @@ def map_row_blocks(function: Callable[[int, int], T], rows: int, columns: int) -
     step = max(1, BLOCK_ELEMENTS // max(1, columns))
     ranges = [(start, min(start + step, rows)) for start in range(0, rows, step)]
     workers = min(torch.get_num_threads(), len(ranges))
-    with _operators_on_one_thread():
+    with operators_on_one_thread():
         if workers <= 1:
             return [function(start, stop) for start, stop in ranges]
         with ThreadPoolExecutor(workers) as pool:
@@ -41,7 +41,7 @@ def map_row_blocks(function: Callable[[int, int], T], rows: int, columns: int) -
 
 
 @contextmanager
-def _operators_on_one_thread() -> Iterator[None]:
+def operators_on_one_thread() -> Iterator[None]:
     """Torch's operators run on the thread that calls them, here and on threads made inside."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
