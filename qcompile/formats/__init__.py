@@ -1,6 +1,7 @@
 """What is stored for a quantized weight, and how it is named."""
 
-from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch, StoredWeight
+from qcompile.formats.base import Format, QuantizedWeight, ScalarFormat, StoredWeight
+from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.registry import parse_format
 from qcompile.formats.rtn import Rounded, relative_error, rtn
@@ -8,9 +9,12 @@ from qcompile.formats.stored import stored_weight
 
 __all__ = [
     "Format",
+    "Grid",
+    "GroupParameters",
     "IntegerFormat",
     "QuantizedWeight",
     "Rounded",
+    "ScalarFormat",
     "ScaleSearch",
     "StoredWeight",
     "parse_format",

@@ -11,16 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, fx
 
+from qcompile.formats.grid import Grid, ScaleSearch
 from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
-
-ScaleSearch = Literal["absmax", "mse"]
-"""How a scale is chosen: from the extremes of its group, or by least squared error over a grid of
-narrower ranges."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,3 +141,28 @@ class Format(ABC):
 
     def __str__(self) -> str:
         return self.name
+
+
+class ScalarFormat(Format):
+    """A format that stores one code per weight, and decodes it with what its group shares."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> Grid:
+        """The arithmetic of this format, for algorithms that choose codes themselves."""
+
+    def encode(
+        self, weight: Tensor, *, scale_search: ScaleSearch = "absmax", name: str = "weight"
+    ) -> QuantizedWeight:
+        """Rounds a weight to nearest; see `Format.encode`.
+
+        Args:
+            weight: [..., K], any float dtype.
+            scale_search: How scales are chosen.
+            name: What error messages call the weight.
+
+        Raises:
+            ModelError: The weight is not finite, or a scale is too large for its type.
+        """
+        tensors = self.grid.encode(weight, scale_search, name)
+        return QuantizedWeight(self, tuple(weight.shape), tensors)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.errors import RecipeError
-from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch, StoredWeight
-from qcompile.formats.scalar_grid import ScalarGrid
+from qcompile.formats.base import QuantizedWeight, ScalarFormat, StoredWeight
+from qcompile.formats.integer_grid import IntegerGrid
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
@@ -26,7 +26,7 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
 
 
 @dataclass(frozen=True)
-class IntegerFormat(Format):
+class IntegerFormat(ScalarFormat):
     """weight = (code - zero_point) * scale, one scale (and zero point) per group of inputs.
 
     Codes are unsigned, 0 to 2^bits - 1. A symmetric format has no zero points: they are all
@@ -81,28 +81,9 @@ class IntegerFormat(Format):
         return "-".join(parts)
 
     @property
-    def grid(self) -> ScalarGrid:
+    def grid(self) -> IntegerGrid:
         """The arithmetic of this format, for algorithms that choose codes themselves."""
-        return ScalarGrid(self.bits, self.group_size, self.symmetric, self.scale_dtype)
-
-    def encode(
-        self, weight: Tensor, *, scale_search: ScaleSearch = "absmax", name: str = "weight"
-    ) -> QuantizedWeight:
-        """Rounds a weight to nearest; see `Format.encode` and `ScalarGrid.round`.
-
-        Args:
-            weight: [..., K], any float dtype.
-            scale_search: How scales are chosen.
-            name: What error messages call the weight.
-
-        Raises:
-            ModelError: The weight is not finite, or a scale is too large for `scale_dtype`.
-        """
-        rounded = self.grid.round(weight, scale_search, name)
-        tensors = {"codes": rounded.codes, "scale": rounded.scale}
-        if rounded.zero_point is not None:
-            tensors["zero_point"] = rounded.zero_point
-        return QuantizedWeight(self, tuple(weight.shape), tensors)
+        return IntegerGrid(self.bits, self.group_size, self.symmetric, self.scale_dtype)
 
     def decode(self, quantized: QuantizedWeight) -> Tensor:
         """The stored values, float32 [..., K]."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.formats.base import Format, QuantizedWeight, ScaleSearch
+from qcompile.formats.base import Format, QuantizedWeight
+from qcompile.formats.grid import ScaleSearch
 from qcompile.formats.row_blocks import map_row_blocks
 
 

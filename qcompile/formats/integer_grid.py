@@ -1,0 +1,95 @@
+"""Choosing scales and zero points of integer weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch, storable_scale
+
+# Below half of the range clipping never pays for 2 bits and more of bell-shaped weights.
+_NARROWER = tuple(1 - step / 32 for step in range(17))
+
+
+@dataclass(frozen=True)
+class IntegerGrid(Grid):
+    """Evenly spaced values, (code - zero_point) * scale; see `IntegerFormat` for the fields.
+
+    Asymmetric: the range of a group, widened to include 0, is spread over all codes. Symmetric: two
+    scales are tried, max|w| over the largest positive step, and the extreme weight (with its sign)
+    over the lowest step, which uses all 2^bits levels. Searches other than ``"absmax"`` try
+    narrower ranges as well. Every candidate is judged by what it decodes to.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+
+    def candidates(
+        self, groups: Tensor, search: ScaleSearch, name: str
+    ) -> Iterator[GroupParameters]:
+        """Scales and zero points, [..., 1]; see `Grid.candidates`."""
+        for ideal, low in self._ranges(groups, (1.0,) if search == "absmax" else _NARROWER):
+            scale = storable_scale(ideal, self.scale_dtype, name)
+            zero_point = None if self.symmetric else self._whole(-low / scale)
+            yield GroupParameters(scale, zero_point)
+
+    def nearest(self, values: Tensor, parameters: GroupParameters) -> Tensor:
+        """Codes 0 to 2^bits - 1, uint8."""
+        return self._nearest(values, parameters).to(torch.uint8)
+
+    def decode(self, codes: Tensor, parameters: GroupParameters) -> Tensor:
+        """(codes - zero_point) * scale, float32."""
+        return (codes.to(torch.float32) - self._zero(parameters)).mul_(parameters.scale)
+
+    def round(self, values: Tensor, parameters: GroupParameters) -> Tensor:
+        """The nearest storable values, without a detour over uint8."""
+        steps = self._nearest(values, parameters).sub_(self._zero(parameters))
+        return steps.mul_(parameters.scale)
+
+    def store(self, codes: Tensor, parameters: GroupParameters) -> dict[str, Tensor]:
+        """``codes``, ``scale`` and, asymmetric, ``zero_point``."""
+        tensors = {"codes": codes, "scale": parameters.scale.to(self.scale_dtype)}
+        if parameters.zero_point is not None:
+            tensors["zero_point"] = parameters.zero_point.to(torch.uint8)
+        return tensors
+
+    @property
+    def _top(self) -> int:
+        return int(2**self.bits - 1)
+
+    @property
+    def _middle(self) -> int:
+        return int(2 ** (self.bits - 1))
+
+    def _zero(self, parameters: GroupParameters) -> Tensor | int:
+        return self._middle if parameters.zero_point is None else parameters.zero_point
+
+    def _nearest(self, values: Tensor, parameters: GroupParameters) -> Tensor:
+        return self._whole(values / parameters.scale, self._zero(parameters))
+
+    def _whole(self, steps: Tensor, zero_point: Tensor | int = 0) -> Tensor:
+        """Steps from the zero point as codes, float32; takes over the memory of `steps`."""
+        return steps.round_().add_(zero_point).clamp_(0, self._top)
+
+    def _ranges(
+        self, groups: Tensor, factors: tuple[float, ...]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Candidate scales before rounding, each with the low end of its range, [..., 1]."""
+        low = groups.amin(dim=-1, keepdim=True).clamp_max_(0)
+        high = groups.amax(dim=-1, keepdim=True).clamp_min_(0)
+        if not self.symmetric:
+            # Divided before subtracting: the range may be wider than float32 reaches.
+            full = high / self._top - low / self._top
+            for factor in factors:
+                yield full * factor, low * factor
+            return
+        extreme = torch.where(high > -low, high, low)
+        for factor in factors:
+            yield extreme * (factor / -self._middle), low
+            if self.bits > 1:
+                yield extreme.abs() * (factor / (self._middle - 1)), low
