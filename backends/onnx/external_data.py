@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from qcompile.atomic_directory import is_full_disk
 from qcompile.backends.onnx.emitter import OnnxGraph
 from qcompile.backends.onnx.values import WeightTensor
 from qcompile.errors import ArtifactError
@@ -53,6 +54,7 @@ def write_model(
 
     Raises:
         ArtifactError: If the files cannot be written.
+        OSError: If the disk is full.
         ModelError: If a weight cannot be read.
     """
     path, data = directory / name, directory / f"{name}.data"
@@ -63,9 +65,11 @@ def write_model(
             data.unlink()
         path.write_bytes(_serialize(graph))
     except OSError as error:
+        if is_full_disk(error):  # who made the directory knows how much it needs
+            raise
         raise ArtifactError(
             f"cannot write {path}: {error.strerror or error}",
-            remedy="free some space, or choose another output directory",
+            remedy="choose another output directory",
         ) from error
     return stored
 
@@ -83,9 +87,8 @@ def predict_sizes(graph: OnnxGraph, *, name: str = MODEL_NAME) -> dict[str, int]
         if weight is None:
             continue
         if weight.spec.bytes < _INLINE_BYTES:
-            value.const_value = _inline(
-                torch.zeros(weight.spec.shape, dtype=weight.spec.dtype), value
-            )
+            zeros = torch.zeros(weight.spec.shape, dtype=weight.spec.dtype)
+            value.const_value = _inline(zeros, value)
             continue
         offset = _aligned(end, weight.spec.bytes)
         end = offset + weight.spec.bytes
@@ -193,8 +196,12 @@ def _raw(tensor: Tensor) -> npt.NDArray[np.uint8]:
 
 def _inline(tensor: Tensor, value: ir.Value) -> ir.TensorProtocol:
     assert value.dtype is not None
-    numbers = np.frombuffer(_raw(tensor).tobytes(), value.dtype.numpy())
-    return ir.Tensor(numbers.reshape(tuple(tensor.shape)), dtype=value.dtype, name=str(value.name))
+    assert value.shape is not None
+    raw = np.frombuffer(_raw(tensor).tobytes(), np.uint8)
+    if value.dtype.itemsize < 1:
+        return ir.PackedTensor(raw, value.dtype, shape=value.shape, name=str(value.name))
+    numbers = raw.view(value.dtype.numpy()).reshape(tuple(tensor.shape))
+    return ir.Tensor(numbers, dtype=value.dtype, name=str(value.name))
 
 
 def _serialize(graph: OnnxGraph) -> bytes:
