@@ -14,7 +14,12 @@ from qcompile.passes.transform.absorb import absorb
 from qcompile.passes.transform.centre_norms import CentreNorms
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.untie_weights import UntieWeights
-from qcompile.passes.transform.values import Diagonal, Orthogonal, Permutation, Transform
+from qcompile.passes.transform.values import (
+    Diagonal,
+    Permutation,
+    Transform,
+    random_orthogonal,
+)
 
 _LARGEST_SCALE = 4.0
 
@@ -78,9 +83,7 @@ def random_transform(site: Site, family: Family, generator: torch.Generator) -> 
         case Family.DIAGONAL:
             return Diagonal(_paired(site, _scales(n, generator)))
         case Family.ORTHOGONAL:
-            normal = torch.randn(n, n, generator=generator, dtype=torch.float64)
-            q, r = torch.linalg.qr(normal)
-            return Orthogonal(q * torch.sign(torch.diagonal(r)))
+            return random_orthogonal(n, generator)
 
 
 def _scales(n: int, generator: torch.Generator) -> Tensor:

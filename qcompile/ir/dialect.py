@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import infer_schema
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile.kernels.attention.reference import attention as _attention
 from qcompile.kernels.dequantize.reference import dequantize as _dequantize
@@ -22,11 +23,13 @@ from qcompile.kernels.gated_act.reference import act as _act
 from qcompile.kernels.gated_act.reference import gated_act as _gated_act
 from qcompile.kernels.kv_append.reference import kv_append as _kv_append
 from qcompile.kernels.layer_norm.reference import layer_norm as _layer_norm
+from qcompile.kernels.lookup.reference import lookup as _lookup
 from qcompile.kernels.quantize.groups import group_count
 from qcompile.kernels.quantize.reference import dynamic_scale as _dynamic_scale
 from qcompile.kernels.quantize.reference import quantize as _quantize
 from qcompile.kernels.rms_norm.reference import rms_norm as _rms_norm
 from qcompile.kernels.rope.reference import rope as _rope
+from qcompile.kernels.transform.reference import transform as _transform
 
 NAMESPACE = "qc"
 
@@ -73,27 +76,34 @@ def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> No
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         del output
-        ctx.tensor_positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
-        ctx.plain = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.save_for_backward(*(inputs[i] for i in ctx.tensor_positions))
+        flat, ctx.tree = tree_flatten(list(inputs))
+        ctx.tensor_positions = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+        ctx.plain = [None if isinstance(value, Tensor) else value for value in flat]
+        ctx.wanted = [i for i in ctx.tensor_positions if flat[i].requires_grad]
+        ctx.save_for_backward(*(flat[i] for i in ctx.tensor_positions))
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        arguments = list(ctx.plain)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        flat = list(ctx.plain)
         for position, saved in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
-            arguments[position] = saved.detach().requires_grad_(saved.is_floating_point())
+            flat[position] = saved.detach().requires_grad_(saved.is_floating_point())
         with torch.enable_grad():
-            output = reference(*arguments)
-        wanted = [i for i in ctx.tensor_positions if ctx.needs_input_grad[i]]
-        gradients: list[Tensor | None] = [None] * len(arguments)
+            output = reference(*tree_unflatten(flat, ctx.tree))
+        gradients: list[Tensor | None] = [None] * len(flat)
         if output.requires_grad:
             found = torch.autograd.grad(
-                output, [arguments[i] for i in wanted], grad, allow_unused=True
+                output, [flat[i] for i in ctx.wanted], grad, allow_unused=True
             )
-            for position, gradient in zip(wanted, found, strict=True):
+            for position, gradient in zip(ctx.wanted, found, strict=True):
                 gradients[position] = gradient
-        return tuple(gradients)
+        return tuple(_gradients_of(part) for part in tree_unflatten(gradients, ctx.tree))
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
+
+
+def _gradients_of(part: Any) -> Any:
+    """Those of one argument: a list of plain values has no gradients of its own."""
+    is_list_of_tensors = isinstance(part, list) and any(isinstance(g, Tensor) for g in part)
+    return part if is_list_of_tensors or not isinstance(part, list) else None
 
 
 def _attention_shape(
@@ -131,6 +141,11 @@ def _values_shape(codes: Tensor, scale: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(codes, dtype=_wide(scale))
 
 
+def _looked_up_shape(codes: Tensor, scale: Tensor | None, *rest: object) -> Tensor:
+    del rest
+    return torch.empty_like(codes, dtype=torch.float32 if scale is None else _wide(scale))
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -146,3 +161,5 @@ kv_append = define(_kv_append, shape=_append_shape)
 dynamic_scale = define(_dynamic_scale, shape=_scale_shape)
 quantize = define(_quantize, shape=_codes_shape)
 dequantize = define(_dequantize, shape=_values_shape)
+lookup = define(_lookup, shape=_looked_up_shape)
+transform = define(_transform, shape=_like_first)

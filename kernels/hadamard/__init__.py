@@ -1,0 +1,1 @@
+"""Hadamard matrices: which orders there are, and fast products with them."""

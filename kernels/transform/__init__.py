@@ -1,0 +1,1 @@
+"""Equivalent transforms as an operator."""
