@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,9 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _ASIDE = "-old"
 """Ends the name of an output that has been moved aside."""
 
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
 
 @contextlib.contextmanager
 def write_artifact_directory(
@@ -27,9 +33,10 @@ def write_artifact_directory(
     """Yield an empty directory beside `output` that replaces it when the block ends well.
 
     On success all files reach the disk before the directory takes its name; an artifact that
-    stood there is moved aside at the very end and then deleted. On any exception, Ctrl-C among
-    them, what was written is removed and an existing output is left as it was. A killed process
-    leaves at most a ``.tmp-*`` sibling, which the next run with the same output clears.
+    stood there changes places with it at the very end and is then deleted. On any exception,
+    Ctrl-C among them, what was written is removed and an existing output is left as it was. A
+    killed process leaves at most a ``.tmp-*`` sibling, which the next run with the same output
+    clears.
 
     Args:
         output: The directory to make; missing parents are made as well.
@@ -42,28 +49,30 @@ def write_artifact_directory(
     """
     refuse_to_destroy(output, overwrite)
     output = output.absolute() if not output.exists() else output.resolve()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(output)
-        temporary, lock = _make_temporary(output)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write beside {output}: {error.strerror}", remedy="choose another output"
-        ) from error
-    try:
-        _check_free_space(output, bytes_needed)
-        yield temporary
-        _flush_to_disk(temporary)
-        refuse_to_destroy(output, overwrite)
-        _put_in_place(temporary, output)
-    except OSError as error:
-        if error.errno in _FULL_DISK:
+    with contextlib.ExitStack() as stack:
+        with _naming_the_output(output, bytes_needed):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            _clear_leftovers(output)
+            _check_free_space(output, bytes_needed)
+            with _interrupts_held_back():
+                temporary, lock = _make_temporary(output)
+                stack.callback(_remove, temporary, lock)
+        try:
+            yield temporary
+        except OSError as error:
+            if not is_full_disk(error):
+                raise
             raise _full_disk(output, bytes_needed, written=_size(temporary)) from error
-        raise
-    finally:
-        # Gone already after a success.
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+        with _naming_the_output(output, bytes_needed, temporary):
+            _flush_to_disk(temporary)
+            refuse_to_destroy(output, overwrite)
+            with _interrupts_held_back():
+                _put_in_place(temporary, output)
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether an operation failed for want of room: the disk is full, or the user's share of it."""
+    return error.errno in _FULL_DISK
 
 
 def refuse_to_destroy(output: Path, overwrite: bool) -> None:
@@ -91,6 +100,40 @@ def refuse_to_destroy(output: Path, overwrite: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def _naming_the_output(
+    output: Path, bytes_needed: int | None, temporary: Path | None = None
+) -> Iterator[None]:
+    """Errors of the disk as errors that name the output, and what it needs if there is no room."""
+    try:
+        yield
+    except OSError as error:
+        if is_full_disk(error):
+            written = 0 if temporary is None else _size(temporary)
+            raise _full_disk(output, bytes_needed, written=written) from error
+        place = f" ({error.filename})" if error.filename else ""
+        raise ArtifactError(
+            f"cannot write {output}: {error.strerror}{place}", remedy="choose another output"
+        ) from error
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C has its effect at the end of the block, so that the block is not left half done."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield  # an interrupt is no exception here
+        return
+    held: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _make_temporary(output: Path) -> tuple[Path, int]:
     """A new sibling of `output` and the descriptor that holds its lock.
 
@@ -104,6 +147,13 @@ def _make_temporary(output: Path) -> tuple[Path, int]:
         # Another process may take the new directory for a leftover before it is locked.
         if _try_lock(lock) and path.is_dir():
             return path, lock
+        os.close(lock)
+
+
+def _remove(temporary: Path, lock: int) -> None:
+    # After a success the old artifact has this name, or nothing.
+    with _interrupts_held_back():
+        shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
 
 
@@ -129,8 +179,22 @@ def _clear_leftovers(output: Path) -> None:
 def _put_in_place(temporary: Path, output: Path) -> None:
     if not output.exists():
         temporary.rename(output)
-        _fsync(output.parent)
-        return
+    elif not _exchange(temporary, output):
+        _replace(temporary, output)
+    _fsync(output.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Lets two paths change places in one step, where the system and the disk can do that."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    paths = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+    return bool(renameat2(*paths, _RENAME_EXCHANGE) == 0)
+
+
+def _replace(temporary: Path, output: Path) -> None:
+    """The same in two steps; a kill between them leaves the old output aside for the next run."""
     aside = temporary.with_name(temporary.name + _ASIDE)
     # Locked, so that no other run takes it for a leftover while it stands aside.
     lock = os.open(output, os.O_RDONLY)
@@ -142,7 +206,6 @@ def _put_in_place(temporary: Path, output: Path) -> None:
         except BaseException:
             aside.rename(output)
             raise
-        _fsync(output.parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         os.close(lock)
@@ -185,10 +248,10 @@ def _full_disk(output: Path, bytes_needed: int | None, *, written: int) -> Artif
     disk = output.parent
     while not disk.is_mount():
         disk = disk.parent
-    if bytes_needed is None:
+    if bytes_needed is None or bytes_needed <= written:
         needs = f"more than the {written} bytes that were written"
     else:
-        needs = f"{bytes_needed} bytes"
+        needs = f"at least {bytes_needed} bytes"
     free = shutil.disk_usage(output.parent).free
     return ArtifactError(
         f"the disk {disk} is full: {output} needs {needs}, {free + written} bytes are free",

@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qcompile import atomic_directory
 from qcompile.atomic_directory import write_artifact_directory
 from qcompile.errors import ArtifactError
 
@@ -121,7 +124,9 @@ def test_failure_leaves_the_old_artifact_and_nothing_else(
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_names_the_disk_and_the_bytes(output: Path, number: int) -> None:
-    with pytest.raises(ArtifactError, match=r"the disk /.* is full: .*out needs 123456 bytes"):
+    with pytest.raises(
+        ArtifactError, match=r"the disk /.* is full: .*out needs at least 123456 bytes"
+    ):
         write(output, error=OSError(number, os.strerror(number)), bytes_needed=123456)
     assert contents(output) == {"manifest.json": OLD}
     assert siblings(output) == ["out"]
@@ -159,7 +164,7 @@ def test_too_small_disk_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ArtifactError, match="cannot write beside"),
+        pytest.raises(ArtifactError, match=r"cannot write .*file/out: File exists \(.*file\)"),
         write_artifact_directory(tmp_path / "file" / "out", overwrite=False),
     ):
         pytest.fail("refused before any work")
@@ -170,6 +175,37 @@ def test_other_errors_of_the_writer_pass_through(tmp_path: Path) -> None:
         write(tmp_path / "out", error=PermissionError(errno.EACCES, "no"))
 
 
+def never(first: Path, second: Path) -> bool:
+    """A disk on which two directories cannot change places."""
+    return False
+
+
+def interrupt_on(target: Path, monkeypatch: pytest.MonkeyPatch, *, after: bool) -> None:
+    """Ctrl-C comes just before or just after something is renamed to `target`."""
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path) -> Path:
+        if to != target or path.name.endswith("-old"):
+            return rename(path, to)
+        if after:
+            rename(path, to)
+        signal.raise_signal(signal.SIGINT)
+        return to if after else rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_replacing_goes_with_and_without_an_exchange_of_names(
+    output: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(atomic_directory, "_exchange", never)
+    write(output)
+    assert contents(output)["manifest.json"] == NEW
+    assert siblings(output) == ["out"]
+
+
 def test_old_artifact_returns_when_the_new_one_cannot_take_its_place(
     output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,14 +213,49 @@ def test_old_artifact_returns_when_the_new_one_cannot_take_its_place(
 
     def fail_the_second(path: Path, target: Path) -> Path:
         if target == output and not path.name.endswith("-old"):
-            raise KeyboardInterrupt
+            raise OSError(errno.EBUSY, "Device or resource busy")
         return rename(path, target)
 
+    monkeypatch.setattr(atomic_directory, "_exchange", never)
     monkeypatch.setattr(Path, "rename", fail_the_second)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(ArtifactError, match=r"cannot write .*out: Device or resource busy"):
         write(output)
     assert contents(output) == {"manifest.json": OLD}
     assert siblings(output) == ["out"]
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_interrupt_while_names_change_waits_until_they_have(
+    output: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    monkeypatch.setattr(atomic_directory, "_exchange", never)
+    interrupt_on(output, monkeypatch, after=after)
+    with pytest.raises(KeyboardInterrupt):
+        write(output)
+    assert contents(output)["manifest.json"] == NEW
+    assert siblings(output) == ["out"]
+
+
+def test_interrupt_while_the_directory_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mkdir = Path.mkdir
+
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(path, *arguments, **options)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_other_than_the_main_one_may_write(tmp_path: Path) -> None:
+    thread = threading.Thread(target=write, args=(tmp_path / "out",))
+    thread.start()
+    thread.join()
+    assert contents(tmp_path / "out")["manifest.json"] == NEW
 
 
 def killed_while_writing(output: Path) -> None:
