@@ -16,6 +16,7 @@ TARGETS: Final = MappingProxyType(
     {
         "cpu": ("qcompile.backends.cpu.target", "CpuTarget"),
         "cuda": ("qcompile.backends.cuda.target", "CudaTarget"),
+        "onnx": ("qcompile.backends.onnx.target", "OnnxTarget"),
     }
 )
 """Name of a target to the module and the class that implement it."""

@@ -19,6 +19,7 @@ from qcompile.backends.onnx.values import (
     Axis,
     Number,
     Operand,
+    Packed,
     Size,
     SymbolicScalar,
     UnsupportedError,
@@ -50,6 +51,7 @@ class Builder:
         weight: Gives the initializer of a weight by its name in the store.
         transposable: Whether a weight is used by nothing but linears, so that it may be stored
             transposed.
+        emitted: What came of the nodes of the program so far.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class Builder:
         *,
         weight: Callable[[str], WeightTensor],
         transposable: Callable[[str], bool],
+        emitted: Mapping[fx.Node, Any],
     ) -> None:
         self.opset = opset
+        self.emitted = emitted
         self.node: fx.Node
         self.calls: list[Call] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -74,6 +78,7 @@ class Builder:
         self._axes: dict[tuple[ir.Value, int], SymbolicScalar] = {}
         self._symbols: dict[sympy.Symbol, tuple[ir.Value, int]] = {}
         self._sizes: dict[sympy.Expr, Size] = {}
+        self._shared: dict[Any, ir.Value] = {}
 
     # What must come out.
 
@@ -128,6 +133,15 @@ class Builder:
     ) -> tuple[ir.Value, ...]:
         """Appends an operator with several outputs; as `op`, but for `outputs` and `dtypes`."""
         return self._append(op_type, inputs, domain, dtypes or [None] * outputs, attributes)
+
+    def once(self, key: Any, make: Callable[[], ir.Value]) -> ir.Value:
+        """What `make` appends, the first time that a key is asked for; afterwards the same value.
+
+        For what several calls of the program share and none of them is.
+        """
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A value in another type."""
@@ -271,18 +285,25 @@ class Builder:
         return self.arranged_weight(name, "transposed", turned, lambda stored: stored.t())
 
     def arranged_weight(
-        self, name: str, label: str, spec: TensorSpec, arrange: Callable[[Tensor], Tensor]
+        self,
+        name: str,
+        label: str,
+        spec: TensorSpec,
+        arrange: Callable[[Tensor], Tensor],
+        packed: Packed | None = None,
     ) -> ir.Value:
-        """A weight with its elements in another order.
+        """A weight in another order, or in other bits.
 
         Args:
             name: The weight in the store.
-            label: Names the order; one weight in one order is stored once.
+            label: Names the arrangement; one weight in one arrangement is stored once.
             spec: Shape and dtype that `arrange` gives.
-            arrange: From the stored tensor to that of the model.
+            arrange: From the stored tensor to what is written.
+            packed: What the model sees, where several elements share a byte.
         """
         stored = self._weight(name).weight
-        return self._weight_value(f"{stored}.{label}", WeightTensor(stored, spec, arrange))
+        weight = WeightTensor(stored, spec, arrange, packed)
+        return self._weight_value(f"{stored}.{label}", weight)
 
     # For the emitter.
 
@@ -365,8 +386,7 @@ class Builder:
     def _weight_value(self, name: str, weight: WeightTensor) -> ir.Value:
         key = ("weight", name)
         if key not in self._constants:
-            spec = weight.spec
-            value = self._initializer(name, to_ir_dtype(spec.dtype), spec.shape)
+            value = self._initializer(name, weight.dtype, weight.shape)
             self.weights[str(value.name)] = weight
             self._constants[key] = value
         return self._constants[key]

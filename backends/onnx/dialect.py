@@ -148,7 +148,8 @@ _ACTIVATIONS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {
 
 
 @DIALECT.register(qc.act.default)
-def _act(b: Builder, x: ir.Value, kind: str) -> ir.Value:
+def activate(b: Builder, x: ir.Value, kind: str) -> ir.Value:
+    """An activation by name."""
     if kind not in _ACTIVATIONS:
         raise UnsupportedError(f"the activation '{kind}'")
     return _ACTIVATIONS[kind](b, x)
@@ -156,7 +157,7 @@ def _act(b: Builder, x: ir.Value, kind: str) -> ir.Value:
 
 @DIALECT.register(qc.gated_act.default)
 def _gated_act(b: Builder, gate: ir.Value, up: ir.Value, kind: str) -> ir.Value:
-    return b.op("Mul", _act(b, gate, kind), up)
+    return b.op("Mul", activate(b, gate, kind), up)
 
 
 @DIALECT.register(qc.kv_append.default)
@@ -193,19 +194,20 @@ def _quantize(
     # QuantizeLinear is another function: it rounds to all 2^bits codes and has no odd widths.
     size = _last(b, x)
     wide = ir.DataType.DOUBLE if x.dtype == ir.DataType.DOUBLE else _FLOAT
-    ratio = b.op("Div", b.cast(x, wide), _spread_groups(b, scale, size, group_size, wide))
+    spread = _spread_groups(b, scale, _last(b, scale), size, group_size, wide)
+    ratio = b.op("Div", b.cast(x, wide), spread)
     steps = b.op("Round", ratio)
     steps = b.op("Where", b.op("IsNaN", steps), b.constant(0.0, wide), steps)
     if zero_point is None:
         largest = float(2 ** (bits - 1) - 1)
         return b.cast(b.op("Clip", steps, -largest, largest), ir.DataType.INT8)
-    offset = _spread_groups(b, zero_point, size, group_size, wide)
+    offset = _spread_groups(b, zero_point, _last(b, zero_point), size, group_size, wide)
     codes = b.op("Clip", b.op("Add", steps, offset), 0.0, float(2**bits - 1))
     return b.cast(codes, ir.DataType.UINT8)
 
 
 @DIALECT.register(qc.dequantize.default)
-def _dequantize(
+def dequantize(
     b: Builder,
     codes: ir.Value,
     scale: ir.Value,
@@ -213,20 +215,52 @@ def _dequantize(
     bits: int,
     group_size: int,
 ) -> ir.Value:
-    size = _last(b, codes)
+    """Values of codes, in elementary arithmetic."""
+    groups, size = _last(b, scale), _last(b, codes)
+    return decode(b, codes, scale, zero_point, bits, group_size, groups=groups, size=size)
+
+
+def decode(
+    b: Builder,
+    codes: ir.Value,
+    scale: ir.Value,
+    zero_point: ir.Value | None,
+    bits: int,
+    group_size: int,
+    *,
+    groups: int,
+    size: int,
+) -> ir.Value:
+    """``(codes - zero_point) * scale``, as the oracle of `qc::dequantize` has it.
+
+    Args:
+        b: Where nodes go; its `dtype` is that of the result.
+        codes: ``[..., size]`` uint8 or int8.
+        scale: ``[..., groups]``.
+        zero_point: ``[..., groups]`` or None.
+        bits: Width of the codes.
+        group_size: Codes per scale; 0 is one group.
+        groups: How many scales a row has.
+        size: How many codes a row has.
+    """
     steps = b.cast(codes, b.dtype)
     if zero_point is not None:
-        steps = b.op("Sub", steps, _spread_groups(b, zero_point, size, group_size, b.dtype))
+        offset = _spread_groups(b, zero_point, groups, size, group_size, b.dtype)
+        steps = b.op("Sub", steps, offset)
     elif codes.dtype == ir.DataType.UINT8:
         steps = b.op("Sub", steps, float(2 ** (bits - 1)))
-    return b.op("Mul", steps, _spread_groups(b, scale, size, group_size, b.dtype))
+    return b.op("Mul", steps, _spread_groups(b, scale, groups, size, group_size, b.dtype))
 
 
 def _spread_groups(
-    b: Builder, per_group: ir.Value, size: int, group_size: int, dtype: ir.DataType
+    b: Builder,
+    per_group: ir.Value,
+    groups: int,
+    size: int,
+    group_size: int,
+    dtype: ir.DataType,
 ) -> ir.Value:
     """One value per group repeated for each element of the group; see the kernels' `groups`."""
-    groups = _last(b, per_group)
     values = b.cast(per_group, dtype)
     if groups == 1:
         return values

@@ -17,6 +17,7 @@ from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.calls import Call
 from qcompile.backends.onnx.decompose import decompose
 from qcompile.backends.onnx.dialect import DIALECT
+from qcompile.backends.onnx.dialect_experts import EXPERTS
 from qcompile.backends.onnx.ports import DimensionNames
 from qcompile.backends.onnx.sizes import PYTHON
 from qcompile.backends.onnx.translation import Emitted, Translation
@@ -38,7 +39,7 @@ _IR_VERSION = 10  # of ONNX 1.16
 _CUSTOM_OPSET = 1
 _LISTED = 5
 
-STANDARD: Mapping[Any, Translation] = MappingProxyType({**PYTHON, **ATEN, **DIALECT})
+STANDARD: Mapping[Any, Translation] = MappingProxyType({**PYTHON, **ATEN, **DIALECT, **EXPERTS})
 """Every call target that the standard operators can express."""
 
 
@@ -131,10 +132,13 @@ class _Emission:
         self.failures: list[Untranslatable] = []
         self._translations = translations
         self._weights = _Weights(program)
-        self._builder = Builder(
-            opset, weight=self._weights.tensor, transposable=self._weights.transposable
-        )
         self._env: dict[fx.Node, Any] = {}
+        self._builder = Builder(
+            opset,
+            weight=self._weights.tensor,
+            transposable=self._weights.transposable,
+            emitted=self._env,
+        )
         self._dimensions = DimensionNames(program)
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []

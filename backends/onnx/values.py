@@ -41,19 +41,44 @@ class UnsupportedError(Exception):
     """Raised by a translation for arguments that it has no ONNX for; the reason is one clause."""
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A tensor of elements narrower than a byte, the first of them in the lowest bits.
+
+    Attributes:
+        dtype: Type of an element.
+        shape: Number of elements along each axis.
+    """
+
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class WeightTensor:
     """An initializer whose numbers come from a program's weight store when the model is written.
 
     Attributes:
         weight: Its name in the store.
-        spec: Shape and dtype as in the model.
-        arrange: From the stored tensor to that of the model (only moves elements); None is as is.
+        spec: Shape and dtype of what is written.
+        arrange: From the stored tensor to what is written; None is as is.
+        packed: Type and shape in the model where several elements share a byte of `spec`.
     """
 
     weight: str
     spec: TensorSpec
     arrange: Callable[[Tensor], Tensor] | None = None
+    packed: Packed | None = None
+
+    @property
+    def dtype(self) -> ir.DataType:
+        """Type in the model."""
+        return to_ir_dtype(self.spec.dtype) if self.packed is None else self.packed.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape in the model."""
+        return self.spec.shape if self.packed is None else self.packed.shape
 
 
 _DTYPES: dict[torch.dtype, ir.DataType] = {

@@ -1,0 +1,196 @@
+"""Quantized layers in standard operators.
+
+1. ``linear(x, dequantize(W), b)``  =>  ``MatMul(x, DequantizeLinear(W[K, N])) + b``, in blocks
+   along K; run times fuse the two.
+2. the same with `x` rounded to int8 per token, and one scale of 8-bit codes per column  =>
+   ``MatMulInteger`` of unsigned codes, scaled afterwards.
+3. ``embedding(dequantize(W), ids)``  =>  ``Gather`` of packed rows, unpacked and decoded.
+4. ``dequantize(quantize(x, s))`` with a stored scale per tensor  =>  ``QuantizeLinear`` and
+   ``DequantizeLinear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from qcompile.backends.onnx import dialect as standard
+from qcompile.backends.onnx.aten_indexing import embedding as float_embedding
+from qcompile.backends.onnx.aten_linear import linear as float_linear
+from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.stored import (
+    StoredCodes,
+    byte_codes,
+    matrix_codes,
+    matrix_scale,
+    matrix_zero_point,
+    row_bytes,
+    row_codes,
+)
+from qcompile.backends.onnx.translation import Table, Translation
+from qcompile.ir import dialect
+from qcompile.ir.weights import TensorSpec
+from qcompile.passes.lower.rounded_inputs import RoundedInput, rounded_input
+
+aten = torch.ops.aten
+
+_TABLE = Table()
+
+_FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
+_MIDDLE = 128
+"""Code of 0 where symmetric 8-bit codes stand as unsigned ones."""
+
+
+@_TABLE.register(aten.linear.default)
+def _linear(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
+    stored = StoredCodes.behind(b.node.args[1])
+    if stored is None:
+        return float_linear(b, x, weight, bias)
+    rounded = rounded_input(b.node.args[0])
+    if rounded is not None and _multiplies_integers(rounded, stored):
+        product = _integer_product(b, rounded, stored)
+    else:
+        product = b.op("MatMul", x, _matrix(b, stored))
+    return product if bias is None else b.op("Add", product, bias)
+
+
+def _matrix(b: Builder, stored: StoredCodes) -> ir.Value:
+    """The weight as ``[K, N]`` float32, decoded at run time."""
+    zero_point = matrix_zero_point(b, stored, stored.container)
+    operands = (matrix_codes(b, stored), matrix_scale(b, stored), zero_point)
+    # One for each product: run times fuse the two only where nothing else reads the first.
+    if stored.groups == 1:
+        return b.op("DequantizeLinear", *operands, dtype=_FLOAT, axis=1)
+    return b.op("DequantizeLinear", *operands, dtype=_FLOAT, axis=0, block_size=stored.group_size)
+
+
+def _multiplies_integers(rounded: RoundedInput, stored: StoredCodes) -> bool:
+    """Whether products of codes can be summed as integers: the scales are outside of the sum."""
+    return (
+        rounded.is_dynamic
+        and rounded.bits == 8
+        and rounded.groups == 1
+        and stored.groups == 1
+        and stored.container == 8
+    )
+
+
+def _integer_product(b: Builder, rounded: RoundedInput, stored: StoredCodes) -> ir.Value:
+    codes = _unsigned_codes(b, rounded)
+    # Unsigned by unsigned: run times multiply signed codes slowly, and unsigned by signed ones
+    # inexactly on machines whose instruction for it saturates (AVX2, AVX-512 without VNNI).
+    zero_point = matrix_zero_point(b, stored, 8)
+    if zero_point is None:
+        zero_point = b.constant(2 ** (stored.bits - 1), _UINT8)
+    middle = b.constant(_MIDDLE, _UINT8)
+    sums = b.op(
+        "MatMulInteger", codes, byte_codes(b, stored), middle, zero_point, dtype=ir.DataType.INT32
+    )
+    scaled = b.op("Mul", b.cast(sums, _FLOAT), b.emitted[rounded.scale])
+    return b.op("Mul", scaled, matrix_scale(b, stored))
+
+
+def _unsigned_codes(b: Builder, rounded: RoundedInput) -> ir.Value:
+    """The codes of a dynamically rounded input, moved up by `_MIDDLE`; one per input."""
+
+    def make() -> ir.Value:
+        # No limits are needed: the scale was measured on these very values.
+        ratio = b.op("Div", b.emitted[rounded.source], b.emitted[rounded.scale])
+        steps = b.op("Add", b.op("Round", ratio), float(_MIDDLE))
+        return b.cast(steps, _UINT8)
+
+    return b.once((rounded.codes, "unsigned"), make)
+
+
+@_TABLE.register(aten.embedding.default)
+def _embedding(b: Builder, table: ir.Value, ids: ir.Value, *rest: Any, **named: Any) -> ir.Value:
+    stored = StoredCodes.behind(b.node.args[0])
+    if stored is None:
+        return float_embedding(b, table, ids, *rest, **named)
+    codes = _unpack(b, b.op("Gather", row_codes(b, stored), ids, axis=0), stored)
+    scale, zero_point = (
+        None if name is None else b.op("Gather", b.weight(name), ids, axis=0)
+        for name in (stored.scale, stored.zero_point)
+    )
+    assert scale is not None
+    return standard.decode(
+        b,
+        codes,
+        scale,
+        zero_point,
+        stored.bits,
+        stored.group_size,
+        groups=stored.groups,
+        size=stored.shape[1],
+    )
+
+
+def _unpack(b: Builder, rows: ir.Value, stored: StoredCodes) -> ir.Value:
+    """Codes ``[..., K]`` uint8 from rows of bytes; see `stored.pack_rows`."""
+    width, k = stored.row_container, stored.shape[1]
+    if width == 8:
+        return rows
+    mask = b.constant(2**width - 1, _UINT8)
+    parts = [
+        rows if shift == 0 else b.op("BitShift", rows, b.constant(shift, _UINT8), direction="RIGHT")
+        for shift in range(0, 8, width)
+    ]
+    # The highest bits are alone after their shift.
+    masked = [b.op("BitwiseAnd", part, mask) for part in parts[:-1]]
+    codes = b.op("Concat", *masked, parts[-1], axis=-1)
+    if row_bytes(k, width) * len(parts) == k:
+        return codes
+    return b.op("Slice", codes, [0], [k], [-1], [1])
+
+
+@_TABLE.register(dialect.dequantize)
+def _dequantize(
+    b: Builder,
+    codes: ir.Value,
+    scale: ir.Value,
+    zero_point: ir.Value | None,
+    bits: int,
+    group_size: int,
+) -> ir.Value:
+    rounded = rounded_input(b.node)
+    if rounded is None or not _is_static_per_tensor(rounded):
+        return standard.dequantize(b, codes, scale, zero_point, bits, group_size)
+    return _rounded_per_tensor(b, rounded)
+
+
+def _is_static_per_tensor(rounded: RoundedInput) -> bool:
+    stored = [rounded.scale, rounded.zero_point]
+    return (
+        rounded.bits == 8
+        and rounded.groups == 1
+        and all(node is None or node.op == "get_attr" for node in stored)
+        and rounded.scale.meta["val"].numel() == 1
+    )
+
+
+def _rounded_per_tensor(b: Builder, rounded: RoundedInput) -> ir.Value:
+    """A float value through unsigned 8-bit codes and back."""
+    scale = b.cast(_scalar(b, rounded.scale), _FLOAT)
+    x = b.emitted[rounded.source]
+    if rounded.zero_point is None:
+        zero_point = b.constant(_MIDDLE, _UINT8)
+        # `QuantizeLinear` would use the code -128 as well, which symmetric codes do not have.
+        x = b.op("Max", x, b.op("Mul", scale, float(1 - _MIDDLE)))
+    else:
+        zero_point = _scalar(b, rounded.zero_point)
+    codes = b.op("QuantizeLinear", x, scale, zero_point, dtype=_UINT8)
+    return b.op("DequantizeLinear", codes, scale, zero_point, dtype=_FLOAT)
+
+
+def _scalar(b: Builder, node: fx.Node) -> ir.Value:
+    spec = TensorSpec((), node.meta["val"].dtype)
+    return b.arranged_weight(str(node.target), "scalar", spec, lambda x: x.reshape(()))
+
+
+TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
+"""Layers over stored codes; everything else is left to the standard translations."""
