@@ -1,7 +1,7 @@
 """Checked equivalence: what a pass promises about results is measured, in float64.
 
-After each pass, `LocalChecker` proves the places that it changed. After each phase, `lockstep` runs
-the program before the phase and the one after it side by side.
+After each pass, `LocalChecker` proves the places that it changed. After all the phases in a row
+that keep the function, `lockstep` runs the program before them and the one after side by side.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What the pass manager calls: a check after each pass, and one after each phase."""
+"""What the pass manager calls: a check after each pass, and one after each span of phases."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from qcompile.errors import RecipeError
@@ -9,14 +10,14 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.equivalence.local import prove_locally
 from qcompile.passes.equivalence.lockstep import TOLERANCE, lockstep
-from qcompile.passes.infra import Checks, Equivalent, Lossy, Pass, Phase, PhaseCheck
+from qcompile.passes.infra import Checks, Equivalent, Lossy, Pass, PhaseCheck
 
 CheckLevel = Literal["full", "local", "off"]
-"""How much is checked: every pass and every phase, every pass only, or structure only."""
+"""How much is checked: every pass and whole programs, every pass only, or structure only."""
 
 _LARGEST_WEIGHT = 1 << 24
 """Elements (128 MB in float64) up to which a weight is read to check a single pass, where whole
-programs are compared after the phase anyway."""
+programs are compared later anyway."""
 
 CHECK_LEVELS: tuple[CheckLevel, ...] = ("full", "local", "off")
 
@@ -81,7 +82,7 @@ class LocalChecker:
 
 
 class LockstepChecker:
-    """Checks a phase as a whole.
+    """Checks passes in a row as a whole.
 
     Args:
         seed: For the random inputs.
@@ -90,23 +91,25 @@ class LockstepChecker:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
 
-    def __call__(self, before: Program, after: Program, phase: Phase) -> PhaseCheck:
-        """How far apart the programs before and after a phase are.
+    def __call__(self, before: Program, after: Program, passes: Sequence[Pass]) -> PhaseCheck:
+        """How far apart the programs before and after some passes are.
 
         Raises:
-            EquivalenceError: If a pass of the phase broke its promise; names the first node that
-                differs.
+            EquivalenceError: If a pass broke its promise; names the first node that differs.
         """
-        tolerances = [_tolerance(item) for item in phase.passes]
+        tolerances = [_tolerance(item) for item in passes]
         known = [tolerance for tolerance in tolerances if tolerance is not None]
         if len(known) < len(tolerances):
             return PhaseCheck(None, 0, "it rounds on purpose")
-        tolerance = max([TOLERANCE, *known])
         # Kernels' references decode their weight at every call, which is most of the time here; and
         # the check of each pass has run both cases.
         is_quantized = Fact.WEIGHTS_QUANTIZED in before.facts
         agreement = lockstep(
-            before, after, tolerance=tolerance, seed=self._seed, only_last_case=is_quantized
+            before,
+            after,
+            tolerance=max([TOLERANCE, *known]),
+            seed=self._seed,
+            only_last_case=is_quantized,
         )
         if agreement is None:
             return PhaseCheck(None, 0, "the program before it does not run in float64")

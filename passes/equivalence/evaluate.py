@@ -15,7 +15,7 @@ from qcompile.ir.weights import Apply, Expression, Source
 
 DTYPE = torch.float64
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 256 << 20
 """What is larger is read again where it is used again: an embedding table that is the projection
 to the vocabulary as well would otherwise be held, in float64, while all layers run."""
 

@@ -1,8 +1,8 @@
 """Two programs side by side, stage by stage, on the same inputs.
 
-This is the judge of what a phase of passes promised as a whole: real weights, unrounded, in
-float64, small random inputs with left padding, once without and once over a past. A stage's
-weights are materialized once for both programs and both inputs, and freed before the next stage.
+This is the judge of what passes promised as a whole: real weights, unrounded, in float64, small
+random inputs with left padding, once without and once over a past. A stage's weights are
+materialized once for both programs and both inputs, and freed before the next stage.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -39,6 +39,7 @@ from qcompile.passes.infra import (
     PassManager,
     PassResult,
     Phase,
+    PhaseCheck,
 )
 from qcompile.report import CompileReport
 
@@ -411,9 +412,50 @@ def test_failing_phase_is_bisected_to_its_pass(decoder: Program) -> None:
         Edit(_drop_bias, name="bad"),
         Edit(_move_scale_into_weight, name="also_good"),
     )
-    manager = PassManager([Phase("three", passes)], phase_checker=LockstepChecker())
+    manager = PassManager([Phase("three", passes)], span_checker=LockstepChecker())
     with pytest.raises(EquivalenceError, match=r"pass 'bad' \(phase 'three'\): node 'linear_8'"):
         manager.run(decoder)
+
+
+def test_phases_in_a_row_are_compared_once_and_the_pass_is_still_named(decoder: Program) -> None:
+    good = Phase("good", (Edit(_commute), Edit(_move_scale_into_weight)))
+    asked: list[int] = []
+
+    def check(before: Program, after: Program, passes: Sequence[Pass]) -> PhaseCheck:
+        asked.append(len(passes))
+        return LockstepChecker()(before, after, passes)
+
+    context = Context()
+    PassManager([good, Phase("idle", ()), good], span_checker=check).run(decoder, context)
+    assert asked == [4]
+    first, idle, last = (record.check for record in context.phases)
+    assert first is not None
+    assert first.skipped == "compared together with 'good'"
+    assert idle is None
+    assert last is not None
+    assert last.error is not None
+    assert last.error <= 1e-14
+    bad = Phase("bad", (Edit(_drop_bias, name="breaks"),))
+    with pytest.raises(EquivalenceError, match=r"pass 'breaks' \(phase 'bad'\): node 'linear_8'"):
+        PassManager([good, bad, good], span_checker=check).run(decoder)
+    # Together, then one by one up to the broken one.
+    assert asked == [4, 5, 1, 1, 1]
+
+
+def test_phase_that_rounds_divides_what_is_compared(decoder: Program) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def check(before: Program, after: Program, passes: Sequence[Pass]) -> PhaseCheck:
+        seen.append(tuple(item.name for item in passes))
+        return PhaseCheck(None, 0)
+
+    phases = [
+        Phase("one", (Edit(_commute, name="one"),)),
+        Phase("round", (Edit(_drop_bias, Lossy(), name="round"),)),
+        Phase("two", (Edit(_commute, name="two"),)),
+    ]
+    PassManager(phases, span_checker=check).run(decoder)
+    assert seen == [("one",), ("round",), ("two",)]
 
 
 def test_lossy_passes_are_not_checked(decoder: Program) -> None:
@@ -477,7 +519,7 @@ def test_images_are_checked_with_sizes_that_the_model_takes() -> None:
 )
 def test_levels_say_what_is_checked(level: Any, passes: bool, phases: bool) -> None:
     checks = checks_for(level)
-    assert (checks.each_pass is not None, checks.each_phase is not None) == (passes, phases)
+    assert (checks.each_pass is not None, checks.each_span is not None) == (passes, phases)
 
 
 def test_structure_alone_is_checked_when_checks_are_off(decoder: Program) -> None:
