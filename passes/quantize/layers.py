@@ -107,7 +107,8 @@ def _part(
     if user.target == EMBEDDING and user.args[0] is reference:
         indices = user.args[1]
         assert isinstance(indices, fx.Node)
-        origin = next(n for n in _chain(indices) if n.target not in _SAME_VALUES)
+        # Positions may come from a stored table of them: then there is no origin to find.
+        origin = next((n for n in _chain(indices) if n.target not in _SAME_VALUES), None)
         tokens = origin in roles and roles[origin] not in _NOT_TOKENS
         return Part.TOKEN_EMBEDDING if tokens else Part.OTHER_EMBEDDING
     return None
