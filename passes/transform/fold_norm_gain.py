@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.declarations.norms import gain_offender
+from qcompile.analysis.declarations.norms import gain_consumers
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import TensorSpec
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
-from qcompile.passes.transform.untie_weights import untie
-
-aten = torch.ops.aten
+from qcompile.passes.transform.untie_weights import own_weight
 
 
 class FoldNormGain(Pass):
@@ -23,8 +23,9 @@ class FoldNormGain(Pass):
     ``linear(rms_norm(x, g), W)``         =>  ``linear(rms_norm(x), W * g)``
     ``linear(layer_norm(x, g, b), W, c)`` =>  ``linear(layer_norm(x), W * g, c + W b)``
 
-    A norm is folded into *all* of its consumers or into none; one that feeds anything but linears
-    (a residual, another norm) stays, with the reason. A weight that has other users is untied.
+    A norm is folded into *all* of its consumers (linears and routed experts) or into none; one that
+    feeds anything else (a residual, another norm) stays, with the reason. A weight that has other
+    users is untied; the result's details say what the copy takes: ``weight, copy, extra_bits``.
     """
 
     requires = frozenset({Fact.RAISED})
@@ -37,56 +38,81 @@ class FoldNormGain(Pass):
         result = PassResult()
         editor = Editor(program)
         for node in program.calls(dialect.rms_norm, dialect.layer_norm):
-            vectors = [n for n in node.args[1:3] if isinstance(n, fx.Node)]
+            vectors = [n for n in _gain_and_shift(node) if n is not None]
             if not vectors:
                 continue
-            offender = gain_offender(node)
-            if offender is None and any(u.target is dialect.experts for u in node.users):
-                offender = "routed experts"
-            if offender is None and any(vector.op != "get_attr" for vector in vectors):
-                offender = "a gain that is computed"
+            offender = _offender(node)
             if offender is not None:
                 result.skips.append(Skip(node.name, f"the norm's gain feeds {offender}"))
                 continue
-            _fold(program, editor, node)
+            result.details += _fold(program, editor, node)
             result.rewrites += 1
         return result
 
 
-def _fold(program: Program, editor: Editor, node: fx.Node) -> None:
-    is_layer_norm = node.target is dialect.layer_norm
+def _gain_and_shift(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
     gain = node.args[1]
-    shift = node.args[2] if is_layer_norm else None
-    for linear in list(node.users):
-        name = _own_weight(program, linear)
-        if isinstance(shift, fx.Node):
-            _add_shift(program, editor, linear, name, str(shift.target))
-        if isinstance(gain, fx.Node):
-            spec = program.weights.spec(name)
+    shift = node.args[2] if node.target is dialect.layer_norm else None
+    return (
+        gain if isinstance(gain, fx.Node) else None,
+        shift if isinstance(shift, fx.Node) else None,
+    )
+
+
+def _offender(node: fx.Node) -> str | None:
+    """What keeps a norm from being folded, or None."""
+    consumers, offender = gain_consumers(node)
+    gain, shift = _gain_and_shift(node)
+    if offender is None and shift is not None and any(_is_experts(user) for user in consumers):
+        offender = "routed experts, which have no shared bias for its shift"
+    if offender is None and any(v is not None and v.op != "get_attr" for v in (gain, shift)):
+        offender = "nothing that it could be folded into: it is computed"
+    return offender
+
+
+def _fold(program: Program, editor: Editor, node: fx.Node) -> list[dict[str, Any]]:
+    """Folds one norm; what was untied for it."""
+    gain, shift = _gain_and_shift(node)
+    untied = []
+    for layer in gain_consumers(node)[0]:
+        weight = layer.args[3 if _is_experts(layer) else 1]
+        assert isinstance(weight, fx.Node)
+        name, is_copy = own_weight(program, str(weight.target), layer)
+        if is_copy:
+            bits = program.weights.spec(name).bytes * 8
+            untied.append({"weight": str(weight.target), "copy": name, "extra_bits": bits})
+        if shift is not None:
+            add_to_bias(program, editor, layer, name, str(shift.target))
+        if gain is not None:
             program.weights.derive(
                 name,
                 (name, str(gain.target)),
                 lambda weight, gain: weight * gain,
-                spec,
+                program.weights.spec(name),
                 exact=False,
                 label="fold_gain",
             )
+    is_layer_norm = node.target is dialect.layer_norm
     bare = (node.args[0], None, *((None,) if is_layer_norm else ()), node.args[-1])
     with editor.before(node):
         editor.replace(node, editor.call(node.target, *bare))
+    return untied
 
 
-def _own_weight(program: Program, linear: fx.Node) -> str:
-    """The name of a linear's weight, which nothing else uses afterwards."""
-    weight = linear.args[1]
-    assert isinstance(weight, fx.Node)
-    name = str(weight.target)
-    users = [u for n in program.parameters() if n.target == name for u in n.users]
-    return name if users == [linear] else untie(program, name, [linear])
+def _is_experts(node: fx.Node) -> bool:
+    return node.target is dialect.experts
 
 
-def _add_shift(program: Program, editor: Editor, linear: fx.Node, weight: str, shift: str) -> None:
-    """``c + W b`` with the weight as it is before the gain is folded into it."""
+def add_to_bias(program: Program, editor: Editor, linear: fx.Node, weight: str, shift: str) -> None:
+    """Makes a linear's bias ``c + W b``, with the weight as it is now.
+
+    Args:
+        program: Edited in place; a bias is made where there is none.
+        editor: Of the program.
+        linear: The call.
+        weight: The name of its weight W.
+        shift: The name of b, a vector over its input channels.
+    """
     bias = linear.args[2] if len(linear.args) > 2 else None
     operands = (weight, shift) + ((str(bias.target),) if isinstance(bias, fx.Node) else ())
 
@@ -95,8 +121,16 @@ def _add_shift(program: Program, editor: Editor, linear: fx.Node, weight: str, s
         return product if bias is None else product + bias
 
     rows = program.weights.spec(weight).shape[0]
-    name = f"{weight}_shift"
+    name = _unused(program, f"{weight}_shift")
     spec = TensorSpec((rows,), torch.float32)
     program.weights.derive(name, operands, function, spec, exact=False, label="fold_shift")
     with editor.before(linear):
         linear.args = (*linear.args[:2], editor.weight(name))
+
+
+def _unused(program: Program, stem: str) -> str:
+    """A name for a new entry; the stem itself where it is free."""
+    name, i = stem, 2
+    while name in program.weights:
+        name, i = f"{stem}{i}", i + 1
+    return name

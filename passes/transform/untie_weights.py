@@ -50,6 +50,20 @@ def untie(program: Program, name: str, users: Iterable[fx.Node]) -> str:
     return twin
 
 
+def own_weight(program: Program, name: str, user: fx.Node) -> tuple[str, bool]:
+    """The name of a weight that only one call reads afterwards, and whether it was untied for it.
+
+    Args:
+        program: Edited in place where the weight has other users.
+        name: The weight.
+        user: The call that is to have it for itself.
+    """
+    users = {
+        u for reference in program.parameters() if reference.target == name for u in reference.users
+    }
+    return (name, False) if users == {user} else (untie(program, name, [user]), True)
+
+
 def _users_by_operator(program: Program) -> dict[str, dict[object, list[fx.Node]]]:
     found: dict[str, dict[object, list[fx.Node]]] = {}
     for reference in program.parameters():

@@ -9,8 +9,10 @@ from torch import fx
 
 from qcompile.analysis.axes import Basis
 from qcompile.analysis.basis import map_bases
+from qcompile.analysis.declarations.norms import gain_consumers
 from qcompile.analysis.families import Blocker, Family, Port, PortRole
 from qcompile.analysis.features import BasisMap
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 
 
@@ -149,10 +151,9 @@ def _norms_by_weight(bases: BasisMap) -> dict[str, tuple[str, bool]]:
 
 
 def _consumers(node: fx.Node) -> Iterable[str]:
-    for user in node.users:
-        for operand in user.all_input_nodes:
-            if operand.op == "get_attr" and operand is not node:
-                yield str(operand.target)
+    for user in gain_consumers(node)[0]:
+        weight = user.args[3] if user.target is dialect.experts else user.args[1]
+        yield str(getattr(weight, "target", ""))
 
 
 def _names(ports: Iterable[Port], role: PortRole) -> list[str]:

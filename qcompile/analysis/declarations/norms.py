@@ -63,17 +63,49 @@ def _norm(bases: BasisMap, node: fx.Node, gain: Any, bias: Any, centred: bool) -
 
 def gain_offender(node: fx.Node) -> str | None:
     """What keeps a norm's gain from being folded into its consumers; None if nothing does."""
+    return gain_consumers(node)[1]
+
+
+def gain_consumers(node: fx.Node) -> tuple[list[fx.Node], str | None]:
+    """The linears and routed experts that read a norm, and the first reader that is neither.
+
+    Operators that keep rows as they are (a reshape in front of experts, a cast) are looked
+    through.
+    """
+    found: list[fx.Node] = []
+    width = node.meta["val"].shape[-1]
     for user in node.users:
         if user.op == "output":
-            return "an output"
-        if user.target is dialect.experts and user.args[0] is node:
-            continue
-        is_input = user.target is aten.linear.default and user.args[0] is node
-        weight = user.args[1] if is_input else None
-        if not is_input or not isinstance(weight, fx.Node) or weight.op != "get_attr":
-            return format_target(user.target)
-    return None
+            return found, "an output"
+        if user.target in _KEEP_ROWS and user.args[0] is node:
+            if user.meta["val"].shape[-1] != width:
+                return found, format_target(user.target)
+            behind, offender = gain_consumers(user)
+            found += behind
+            if offender is not None:
+                return found, offender
+        elif _absorbs(user, node):
+            found.append(user)
+        else:
+            return found, format_target(user.target)
+    return list(dict.fromkeys(found)), None
 
+
+def _absorbs(user: fx.Node, value: fx.Node) -> bool:
+    """Whether a call is a layer over stored weights whose input is a value, and nothing else."""
+    if user.target is aten.linear.default:
+        weight = user.args[1]
+        reads = user.args[0] is value and value not in user.args[1:]
+        return reads and isinstance(weight, fx.Node) and weight.op == "get_attr"
+    if user.target is dialect.experts:
+        up = user.args[3]
+        reads = user.args[0] is value and value not in user.args[1:]
+        return reads and isinstance(up, fx.Node) and up.op == "get_attr"
+    return False
+
+
+_KEEP_ROWS = frozenset({aten.view.default, aten.reshape.default, aten.to.dtype, aten.clone.default})
+"""Operators that leave every row of channels whole, where the last dimension keeps its size."""
 
 DECLARATIONS: dict[Any, Declaration] = {
     dialect.rms_norm: _rms_norm,
