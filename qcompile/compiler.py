@@ -98,7 +98,8 @@ def compile(
         bits = count_bits(program)
         with _phase(report, progress, "lower"):
             lowered = backend.lower(program, context)
-        with write_artifact_directory(destination, overwrite, bytes_needed=bits.bytes) as directory:
+        needed = bits.bytes + sum(map(len, program.provenance.assets.values()))
+        with write_artifact_directory(destination, overwrite, bytes_needed=needed) as directory:
             with _phase(report, progress, "pack"):
                 packed = backend.pack(lowered, directory, progress)
             report.notes = program.notes
