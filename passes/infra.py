@@ -12,12 +12,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from qcompile.errors import EquivalenceError, QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.verify import MalformedProgramError
+from qcompile.passes.blame import blame_rewrite
 from qcompile.passes.records import (
     Equivalent,
     Exact,
@@ -31,6 +32,9 @@ from qcompile.passes.records import (
 )
 from qcompile.passes.span import Span, SpanChecker, Step
 from qcompile.progress import NullProgress, Progress
+
+if TYPE_CHECKING:
+    from qcompile.passes.rule import Rewrite
 
 __all__ = [
     "Checker",
@@ -117,12 +121,14 @@ class Context:
         seed: For everything random.
         checks: How equivalence is checked, unless a manager is told otherwise.
         phases: The phases that have run, in order; managers add to it.
+        on_rewrite: Told of every rewrite of a rule, before it takes its place in the program.
     """
 
     progress: Progress = field(default_factory=NullProgress)
     seed: int = 0
     checks: Checks = field(default_factory=Checks)
     phases: list[PhaseRecord] = field(default_factory=list)
+    on_rewrite: Callable[[Rewrite], None] | None = None
 
 
 class PassManager:
@@ -196,7 +202,7 @@ class PassManager:
         context = context or Context()
         self.check_facts(program.facts)
         records = []
-        span = Span(self._given.each_span or context.checks.each_span)
+        span = Span(self._given.each_span or context.checks.each_span, context)
         for phase in self.phases:
             record = PhaseRecord(phase.name)
             steps = []
@@ -224,7 +230,7 @@ class PassManager:
         after.facts = (after.facts - item.invalidates) | item.ensures
         finished = time.perf_counter()
         checker = self._given.each_pass or context.checks.each_pass
-        error = _check(checker, item, before, after) if result.modified else None
+        error = _check(checker, item, before, after, context) if result.modified else None
         checked = time.perf_counter()
         record = PassRecord(
             item.name,
@@ -253,14 +259,18 @@ class PassManager:
         self.phases[i] = Phase(phase.name, passes)
 
 
-def _check(checker: Checker | None, item: Pass, before: Program, after: Program) -> float | None:
+def _check(
+    checker: Checker | None, item: Pass, before: Program, after: Program, context: Context
+) -> float | None:
     try:
         after.verify()
         return checker(before, after, item) if checker is not None else None
     except MalformedProgramError as error:
         raise MalformedProgramError(f"pass '{item.name}': {error.message}") from error
     except EquivalenceError as error:
-        raise EquivalenceError(f"pass '{item.name}': {error.message}") from error
+        assert checker is not None
+        rewrite = blame_rewrite(item, before, context, lambda made: checker(before, made, item))
+        raise EquivalenceError(f"pass '{item.name}': {rewrite}{error.message}") from error
 
 
 def run_passes(program: Program, passes: Sequence[Pass]) -> Program:

@@ -125,11 +125,11 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A rewrite that has happened, with what is needed to run it before and after.
+    """A rewrite that is about to take its place, with what is needed to run it before and after.
 
     Attributes:
         rule: The rule.
-        match: Where; its nodes no longer stand in the program.
+        match: Where; its nodes will no longer stand in the program.
         weights: The weights as they were before.
         before: The region before, one placeholder for each of ``match.inputs``.
         after: The region after, which begins with the same placeholders and may have more; see
@@ -156,7 +156,7 @@ class ApplyRules(Pass):
         ensures: Facts that hold after.
         invalidates: Facts that may no longer hold after.
         numerics: What all the rules promise about results.
-        on_rewrite: Told of every rewrite, for example to check it.
+        on_rewrite: Told of every rewrite before it takes its place, as `Context.on_rewrite` is.
         report_misses: Whether places that almost fit become skips. Not for rules whose last
             operator is common: most sums are no bias.
     """
@@ -197,8 +197,8 @@ class ApplyRules(Pass):
             RuleError: If a rule cannot be traced, fails, gives a value of another dtype or shape
                 than the one it replaces, or if the rules do not come to an end.
         """
-        del context
-        run = _Run(self.rules, program, self._on_rewrite)
+        told = [tell for tell in (self._on_rewrite, context.on_rewrite) if tell is not None]
+        run = _Run(self.rules, program, told)
         run.to_fixpoint()
         counts = [{"rule": rule.name, "rewrites": run.counts[rule]} for rule in self.rules]
         skips = _skips(run.refusals) if self._report_misses else []
@@ -235,7 +235,7 @@ class _Run:
 
     rules: tuple[Rule, ...]
     program: Program
-    on_rewrite: Callable[[Rewrite], None] | None
+    told: Sequence[Callable[[Rewrite], None]]
     counts: dict[Rule, int] = field(default_factory=dict)
     refusals: list[_Refusal] = field(default_factory=list)
 
@@ -302,15 +302,16 @@ class _Run:
         point, late = place
         for node in late:
             point.prepend(node)
-        was = (match.subgraph(), self.program.weights.copy()) if self.on_rewrite else None
+        was = (match.subgraph(), self.program.weights.copy()) if self.told else None
         previous = point.prev
         with self.edit.before(point):
             replacements = _call_rewrite(rule, match, self.edit)
         _check_replacements(rule, match, replacements)
-        if self.on_rewrite is not None and was is not None:
+        if was is not None:
             before, weights = was
             after = region(match.inputs, replacements)
-            self.on_rewrite(Rewrite(rule, match, weights, before, after))
+            for tell in self.told:
+                tell(Rewrite(rule, match, weights, before, after))
         added = list(takewhile(lambda node: node is not point, _from(previous.next)))
         for old, new in zip(match.outputs, replacements, strict=True):
             if new is not old:

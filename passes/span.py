@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from qcompile.errors import EquivalenceError
 from qcompile.ir.program import Program
+from qcompile.passes.blame import blame_rewrite
 from qcompile.passes.records import Lossy, PhaseCheck, PhaseRecord
 
 if TYPE_CHECKING:
-    from qcompile.passes.infra import Pass
+    from qcompile.passes.infra import Context, Pass
 
 SpanChecker = Callable[[Program, Program, "Sequence[Pass]"], PhaseCheck]
 """Compares the programs before and after passes. Raises `EquivalenceError` if they differ."""
@@ -42,8 +43,9 @@ class Span:
     span by itself.
     """
 
-    def __init__(self, check: SpanChecker | None) -> None:
+    def __init__(self, check: SpanChecker | None, context: Context) -> None:
         self._check = check
+        self._context = context
         self._steps: list[Step] = []
 
     def add(self, steps: Sequence[Step]) -> None:
@@ -89,6 +91,12 @@ class Span:
         try:
             check(step.before, step.after, [step.item])
         except EquivalenceError as error:
+            rewrite = blame_rewrite(
+                step.item,
+                step.before,
+                self._context,
+                lambda made: check(step.before, made, [step.item]),
+            )
             raise EquivalenceError(
-                f"pass '{step.item.name}' (phase '{step.record.name}'): {error.message}"
+                f"pass '{step.item.name}' (phase '{step.record.name}'): {rewrite}{error.message}"
             ) from error

@@ -41,6 +41,7 @@ from qcompile.passes.infra import (
     Phase,
     PhaseCheck,
 )
+from qcompile.passes.rule import ApplyRules, Const, Match, Rule, Weight
 from qcompile.report import CompileReport
 
 aten = torch.ops.aten
@@ -456,6 +457,46 @@ def test_phase_that_rounds_divides_what_is_compared(decoder: Program) -> None:
     ]
     PassManager(phases, span_checker=check).run(decoder)
     assert seen == [("one",), ("round",), ("two",)]
+
+
+class ForgetBias(Rule):
+    """``linear(x, W, b) * 0.5``  =>  ``linear(x, W / 2, b / 2)``, wrong where it should matter."""
+
+    def __init__(self, wrong_at: str) -> None:
+        self._wrong_at = wrong_at
+
+    def pattern(self, x: Tensor, w: Weight, b: Weight, factor: Const) -> Any:
+        return aten.linear(x, w, b) * factor
+
+    def rewrite(self, match: Match, edit: Editor) -> fx.Node:
+        factor, weights, scaled = match["factor"], edit.program.weights, []
+        wrong = str(match["w"].target) == self._wrong_at
+        for node in (match["w"], match["b"]):
+            name = str(node.target)
+            by = 1.0 if wrong and node is match["b"] else factor
+            spec = weights.spec(name)
+            scale = lambda value, by=by: value * by  # noqa: E731
+            weights.derive(name, (name,), scale, spec, exact=False, label="scale")
+            scaled.append(edit.weight(name))
+        return edit.call(aten.linear.default, match["x"], *scaled)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"checker": LocalChecker()}, {"span_checker": LockstepChecker()}],
+    ids=["pass", "span"],
+)
+def test_broken_rule_is_named_with_the_place_of_its_wrong_rewrite(
+    decoder: Program, how: dict[str, Any]
+) -> None:
+    place = [n for n in _scales(decoder) if n.args[0].target is aten.linear.default][1]  # type: ignore[union-attr]
+    (weight,) = (str(n.target) for n in place.args[0].args[1:2])  # type: ignore[union-attr]
+    broken = ApplyRules([ForgetBias(wrong_at=weight)], name="fold_scales")
+    with pytest.raises(EquivalenceError, match=rf"rule 'forget_bias' at '{place.name}': node"):
+        PassManager([broken], **how).run(decoder)
+    right = ApplyRules([ForgetBias(wrong_at="nowhere")], name="fold_scales")
+    _, (record,) = PassManager([right], **how).run(decoder)
+    assert record.result.rewrites == LAYERS
 
 
 def test_lossy_passes_are_not_checked(decoder: Program) -> None:
