@@ -3,6 +3,7 @@
 from qcompile.formats.base import Format, QuantizedWeight, ScalarFormat, StoredWeight
 from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.registry import parse_format
 from qcompile.formats.rtn import Rounded, relative_error, rtn
 from qcompile.formats.stored import stored_weight
@@ -12,6 +13,7 @@ __all__ = [
     "Grid",
     "GroupParameters",
     "IntegerFormat",
+    "LookupFormat",
     "QuantizedWeight",
     "Rounded",
     "ScalarFormat",

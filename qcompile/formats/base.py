@@ -129,10 +129,14 @@ class Format(ABC):
     def rows(self, quantized: QuantizedWeight, start: int, stop: int) -> QuantizedWeight:
         """The part of a quantized weight that stands for a range of its first axis.
 
-        This default fits formats whose tensors all share the weight's first axis.
+        This default fits formats whose tensors share the weight's first axis, or have a first axis
+        of 1 because they belong to all of it.
         """
         shape = (stop - start, *quantized.shape[1:])
-        parts = {name: tensor[start:stop] for name, tensor in quantized.tensors.items()}
+        parts = {
+            name: tensor if tensor.shape[0] == 1 else tensor[start:stop]
+            for name, tensor in quantized.tensors.items()
+        }
         return QuantizedWeight(self, shape, parts)
 
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:

@@ -11,18 +11,12 @@ from torch import Tensor, fx
 from qcompile.errors import RecipeError
 from qcompile.formats.base import QuantizedWeight, ScalarFormat, StoredWeight
 from qcompile.formats.integer_grid import IntegerGrid
+from qcompile.formats.scales import SCALE_DTYPES
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.quantize.groups import group_count
-
-SCALE_DTYPES: dict[str, torch.dtype] = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-}
-"""Name of a scale type in a format's name to the type."""
 
 
 @dataclass(frozen=True)

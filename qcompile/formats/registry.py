@@ -5,24 +5,32 @@ from __future__ import annotations
 import difflib
 import re
 
-import torch
-
 from qcompile.errors import RecipeError
 from qcompile.formats.base import Format
-from qcompile.formats.integer import SCALE_DTYPES, IntegerFormat
+from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
+from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
+from qcompile.kernels.lookup.levels import levels
 
-_EXAMPLES = "int4-g64, int8, int4-g32-asym, int4-g64-bf16"
-_FAMILY = re.compile(r"int([0-9]+)")
+_EXAMPLES = "int4-g64, int8, int4-g32-asym, nf4-g64, fp8, mxfp4, ternary-g64"
+_TABLES = ("ternary", "nf4", *ALIASES)
+_FAMILY = re.compile(r"(?P<family>\([^)]*\)|[^-]*)(?:-(?P<options>.*))?", re.DOTALL)
+_INTEGER = re.compile(r"int([0-9]+)")
 _GROUP = re.compile(r"g([0-9]+)")
-_WORDS = ("sym", "asym", *SCALE_DTYPES)
 
 
 def parse_format(text: str) -> Format:
     """Reads the name of a format.
 
-    ``int<bits>[-g<group size>][-sym|-asym][-fp16|-bf16|-fp32]``: integers of 1 to 8 bits; one
-    scale per row unless a group size is given; symmetric unless ``asym``; float16 scales unless
-    another type is given. What follows the first part may come in any order.
+    - ``int<bits>``: integers of 1 to 8 bits; ``-asym`` or ``-sym`` (the default).
+    - ``nf4``, ``fp4`` (e2m1), ``fp8`` (e4m3), ``e<exponent bits>m<mantissa bits>``, ``ternary``,
+      ``(-1.5,-0.5,0.5,1.5)``: codes of a table of levels.
+    - ``mxfp4``, ``mxfp6``, ``mxfp8``, ``nvfp4``: tables with groups and scales as standards say.
+
+    All but the last take ``-g<group size>`` (else one scale per row) and the type of the scales:
+    ``-fp16``, ``-bf16``, ``-fp32``; tables also ``-e8m0`` (powers of two), ``-e4m3`` (8-bit floats
+    and one float32 per weight) and ``-dq`` (8-bit numbers and one float32 per row). What follows
+    the first part may come in any order.
 
     Args:
         text: Such as ``"int4-g64-asym-bf16"``; upper and lower case are the same.
@@ -33,48 +41,81 @@ def parse_format(text: str) -> Format:
     Raises:
         RecipeError: The name means nothing; the message says which part and suggests a remedy.
     """
-    family, *options = text.strip().lower().split("-")
-    match = _FAMILY.fullmatch(family)
-    if match is None:
-        raise _unknown(text)
-    group_size, symmetric, scale_dtype = _options(text, options)
-    return IntegerFormat(int(match[1]), group_size, symmetric, scale_dtype)
+    match = _FAMILY.fullmatch(text.strip().lower())
+    assert match is not None  # it takes any text
+    family = match["family"].replace(" ", "")
+    options = match["options"].split("-") if match["options"] is not None else []
+    if (integer := _INTEGER.fullmatch(family)) is not None:
+        chosen = _Options(text, options, (*SCALE_DTYPES,), symmetry=True)
+        dtype = SCALE_DTYPES[chosen.scale or "fp16"]
+        return IntegerFormat(int(integer[1]), chosen.group_size, chosen.symmetric, dtype)
+    if family in STANDARD_FORMATS:
+        if options:
+            raise RecipeError(
+                f"format '{text}': cannot use '{options[0]}'",
+                remedy=f"write {family} alone: its groups and scales are part of the standard",
+            )
+        return STANDARD_FORMATS[family]
+    return _lookup(text, family, options)
 
 
-def _options(text: str, options: list[str]) -> tuple[int, bool, torch.dtype]:
-    group_size: int | None = None
-    symmetry: str | None = None
-    scale: str | None = None
-    for option in options:
-        group = _GROUP.fullmatch(option)
-        if group is not None and group_size is None and int(group[1]) > 0:
-            group_size = int(group[1])
-        elif option in ("sym", "asym") and symmetry is None:
-            symmetry = option
-        elif option in SCALE_DTYPES and scale is None:
-            scale = option
-        else:
-            raise _bad_option(text, option)
-    return group_size or 0, symmetry != "asym", SCALE_DTYPES[scale or "fp16"]
+def _lookup(text: str, family: str, options: list[str]) -> LookupFormat:
+    table = ALIASES.get(family, family)
+    try:
+        levels(table)
+    except ValueError as error:
+        if family.startswith("("):
+            raise RecipeError(f"format '{text}': {error}") from error
+        raise _unknown(text) from error
+    chosen = _Options(text, options, (*SCALE_STORAGES,), symmetry=False)
+    scales = SCALE_STORAGES[chosen.scale] if chosen.scale else default_scales(table)
+    return LookupFormat(table, chosen.group_size, scales)
 
 
-def _bad_option(text: str, option: str) -> RecipeError:
+class _Options:
+    """What follows the family in a format's name."""
+
+    def __init__(
+        self, text: str, options: list[str], scales: tuple[str, ...], *, symmetry: bool
+    ) -> None:
+        self.group_size = 0
+        self.symmetric = True
+        self.scale: str | None = None
+        symmetries = ("sym", "asym") if symmetry else ()
+        words = (*symmetries, *scales)
+        given: set[str] = set()
+        for option in options:
+            group = _GROUP.fullmatch(option)
+            if group is not None and int(group[1]) > 0:
+                kind, self.group_size = "group", int(group[1])
+            elif option in symmetries:
+                kind, self.symmetric = "symmetry", option == "sym"
+            elif option in scales:
+                kind, self.scale = "scale", option
+            else:
+                raise _bad_option(text, option, words)
+            if kind in given:
+                raise _bad_option(text, option, words)
+            given.add(kind)
+
+
+def _bad_option(text: str, option: str, words: tuple[str, ...]) -> RecipeError:
     message = f"format '{text}': cannot use '{option}'"
     if _GROUP.fullmatch(option) and int(option[1:]) == 0:
         return RecipeError(message, remedy="leave the group out for one scale per row")
-    if _GROUP.fullmatch(option) or option in _WORDS:
+    if _GROUP.fullmatch(option) or option in words:
         return RecipeError(message, remedy="give the group size, the symmetry and the scales once")
     if option.isdigit():
         return RecipeError(message, remedy=f"a group size is written g{option}")
-    close = difflib.get_close_matches(option, _WORDS, n=1)
+    close = difflib.get_close_matches(option, words, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return RecipeError(
-        message, remedy=f"{hint}after the bits come g<group size>, {', '.join(_WORDS)}"
+        message, remedy=f"{hint}after the family come g<group size>, {', '.join(words)}"
     )
 
 
 def _unknown(text: str) -> RecipeError:
-    known = [f"int{bits}" for bits in range(1, 9)]
+    known = [*(f"int{bits}" for bits in range(1, 9)), *_TABLES, *STANDARD_FORMATS]
     family = re.split(r"[-_ ]", text.strip().lower())[0]
     close = difflib.get_close_matches(family, known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""

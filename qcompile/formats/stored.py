@@ -6,8 +6,9 @@ from torch import fx
 
 from qcompile.formats.base import Format, StoredWeight
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.lookup import LookupFormat
 
-_FAMILIES: tuple[type[Format], ...] = (IntegerFormat,)
+_FAMILIES: tuple[type[Format], ...] = (IntegerFormat, LookupFormat)
 
 
 def stored_weight(node: object) -> StoredWeight | None:

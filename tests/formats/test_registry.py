@@ -55,7 +55,7 @@ def test_format_name_is_canonical():
         ("int4-asym-sym", "once"),
         ("int4-bf16-fp16", "once"),
         ("int4--g64", "cannot use ''"),
-        ("int4-g", "after the bits come"),
+        ("int4-g", "after the family come"),
     ],
 )
 def test_parse_format_error_says_what_to_write(text, message):

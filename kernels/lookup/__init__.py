@@ -1,0 +1,1 @@
+"""Codes to values of a table: `lookup`."""

@@ -1,0 +1,33 @@
+"""The oracle of `qc::lookup`."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels.lookup.levels import levels as table_of
+from qcompile.kernels.quantize.groups import spread_groups
+
+# Eager annotations and `Optional`, as in `kernels/quantize/reference.py`.
+
+
+def lookup(codes: Tensor, scale: Optional[Tensor], levels: str, group_size: int) -> Tensor:
+    """Values of codes: levels[code] * scale.
+
+    Args:
+        codes: [..., K] uint8, below the number of levels.
+        scale: [..., G] or [..., 1] floating, broadcast over the leading dimensions of `codes`;
+            None means 1.
+        levels: Name or numbers of a table; see `qcompile.kernels.lookup.levels`.
+        group_size: Elements per scale along K; 0 means one scale.
+
+    Returns:
+        [..., K] float32, or float64 when `scale` is.
+    """
+    wide = scale is not None and scale.dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    table = torch.tensor(table_of(levels), dtype=dtype, device=codes.device)
+    values = table.index_select(0, codes.flatten().to(torch.int32)).reshape(codes.shape)
+    if scale is None:
+        return values
+    return values * spread_groups(scale.to(dtype), codes.shape[-1], group_size)
