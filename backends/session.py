@@ -1,15 +1,113 @@
-"""Checks of what a caller passes to a loaded model; needs no torch."""
+"""A loaded model, whatever runs it, and the checks of what callers pass to it; needs no torch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.backends.decoding import Decoder, FloatArray, TokenBatch
 from qcompile.errors import RecipeError
 from qcompile.manifest import Manifest, Role, Signature, ValueInfo
+
+
+class ModelSession(ABC):
+    """A loaded model.
+
+    Args:
+        manifest: The manifest of its artifact.
+
+    Attributes:
+        input_errors: What `_run` raises for inputs that it cannot take together.
+    """
+
+    input_errors: ClassVar[tuple[type[Exception], ...]] = ()
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._signature = manifest.signature
+        self._has_cache = bool(manifest.signature.cache_pairs())
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of tokens that the logits of a language model are over."""
+        return vocabulary_size(self._signature)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether padding can be masked, so that rows of different lengths share a batch."""
+        return self._signature.input("attention_mask") is not None
+
+    def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[Any]]:
+        """Map inputs to outputs, both by name.
+
+        Args:
+            inputs: One array for every input of the signature.
+
+        Raises:
+            RecipeError: If an input is missing, unknown, or of the wrong type or shape.
+        """
+        arrays = check_inputs(inputs, self._signature)
+        try:
+            return self._run(arrays)
+        except self.input_errors as error:
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+            raise RecipeError(f"the model cannot run the inputs {shapes}: {error}") from error
+
+    def forward(
+        self,
+        input_ids: npt.ArrayLike,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+        token_type_ids: npt.ArrayLike | None = None,
+    ) -> FloatArray:
+        """Logits at every position, ``[batch, sequence, vocabulary]``, without any past.
+
+        Args:
+            input_ids: ``[batch, sequence]``.
+            attention_mask: ``[batch, sequence]``, 0 at padding on either side.
+            position_ids: ``[batch, sequence]``; by default they count the real tokens.
+            token_type_ids: ``[batch, sequence]``, for models that take them; by default 0.
+
+        Raises:
+            RecipeError: If an argument does not fit the model.
+        """
+        if self._signature.output("logits") is None:
+            raise RecipeError("this model has no logits", remedy="use run(inputs)")
+        ids = check_token_ids(input_ids, self._manifest)
+        tokens = TokenBatch(
+            ids,
+            check_like_ids(ids, "attention_mask", attention_mask, self._signature),
+            check_like_ids(ids, "position_ids", position_ids, self._signature),
+            check_like_ids(ids, "token_type_ids", token_type_ids, self._signature),
+        )
+        return self._decoder(*ids.shape).read(tokens)
+
+    def decoder(self, batch: int, capacity: int) -> Decoder:
+        """An empty decoder for `batch` rows that are expected to hold `capacity` tokens.
+
+        A causal model without cache inputs is run over its whole text for every token.
+
+        Raises:
+            RecipeError: If the model does not generate.
+        """
+        if self._manifest.task != "causal_lm":
+            raise RecipeError(
+                "this artifact holds no causal language model: it cannot generate",
+                remedy="use forward() or run(inputs)",
+            )
+        return self._decoder(batch, capacity)
+
+    @abstractmethod
+    def _run(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name, from inputs that were checked."""
+
+    @abstractmethod
+    def _decoder(self, batch: int, capacity: int) -> Decoder:
+        """An empty decoder of a model with logits."""
 
 
 def check_inputs(

@@ -5,7 +5,7 @@ An artifact is a directory:
 | file | content |
 |---|---|
 | `manifest.json` | what the artifact is, with the sha256 of every other file |
-| `model.onnx`, `model.onnx.data` | `cpu`: the graph and its weights, which are memory-mapped |
+| `model.onnx`, `model.onnx.data` | `cpu`, `onnx`: the graph and its weights, memory-mapped |
 | `program.json`, `weights.safetensors` | `cuda`: the same |
 | `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja` | as Hugging Face writes them |
 | `generation_config.json` | the source model's own generation settings |
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.backends.cpu.runtime import CpuSession
+from qcompile.backends.onnx.runtime import OnnxSession
 from qcompile.errors import ArtifactError, RecipeError
 from qcompile.generation import (
     CausalModel,
@@ -49,7 +50,11 @@ Prompt = str | TokenIds | Sequence[Message]
 Prompts = Prompt | Sequence[str] | Sequence[TokenIds] | Sequence[Sequence[Message]]
 """A prompt, or a batch of prompts of one kind."""
 
-RUNNABLE_TARGETS = {"cpu": KERNEL_LAYOUT_VERSION, "cuda": quantized_linear.LAYOUT_VERSION}
+RUNNABLE_TARGETS = {
+    "cpu": KERNEL_LAYOUT_VERSION,
+    "cuda": quantized_linear.LAYOUT_VERSION,
+    "onnx": None,
+}
 """Targets that this package runs itself, and the layout of packed weights that it reads."""
 
 
@@ -269,6 +274,8 @@ class Artifact:
 def _open_session(directory: Path, manifest: Manifest, threads: int | None) -> Session:
     if manifest.target == "cpu":
         return CpuSession(directory, manifest, threads=threads)
+    if manifest.target == "onnx":
+        return OnnxSession(directory, manifest, threads=threads)
     from qcompile.backends.cuda.runtime import CudaSession
 
     return CudaSession(directory, manifest)
@@ -283,7 +290,7 @@ def _check_runnable(directory: Path, manifest: Manifest) -> None:
         )
     layout, readable = manifest.kernel_layout_version, RUNNABLE_TARGETS[manifest.target]
     if layout is not None and layout != readable:
-        newer = layout > readable
+        newer = readable is not None and layout > readable
         raise ArtifactError(
             f"the weights of {directory} have kernel layout {layout}; "
             f"the kernels of this qcompile read {readable}",

@@ -51,6 +51,7 @@ WITHOUT_TORCH = (
     "qcompile/progress.py",
     "qcompile/text.py",
     "backends/cpu/runtime.py",
+    "backends/onnx/runtime.py",
     "kernels/cpu/__init__.py",
     "kernels/cpu/layout.py",
 )

@@ -1,4 +1,4 @@
-"""Decoders on the CPU: a batch of texts that grows inside a model.
+"""The decoder of the CPU target: a batch of texts that grows inside a model, in place.
 
 `CachedDecoder` owns the buffers of the key/value cache and binds each of them as an input *and*
 as the matching output of the model, so that attention appends to it in place. Per token, only
@@ -7,53 +7,19 @@ the few small inputs are written; caches are bound again when they grow, which i
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from qcompile.backends.decoding import Decoder, FloatArray, TokenBatch, logits_of
 from qcompile.manifest import Role, Signature, ValueInfo
-
-PREFILL_CHUNK = 512
-"""Tokens per row that are run at once: bounds the memory that a long prompt needs."""
 
 _CAPACITY_STEP = 64
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float32]
 
-
-@dataclasses.dataclass(frozen=True)
-class TokenBatch:
-    """Tokens for every row of a batch, each array ``[batch, query]`` int64.
-
-    Attributes:
-        ids: Token ids.
-        mask: 0 where a token is padding; None means no padding.
-        positions: Positions; None counts the real tokens of a row.
-        types: Token type ids; None means 0.
-    """
-
-    ids: IntArray
-    mask: IntArray | None = None
-    positions: IntArray | None = None
-    types: IntArray | None = None
-
-    def chunks(self, size: int) -> Iterator[tuple[slice, TokenBatch]]:
-        """The batch cut along the query axis, each part with the columns that it holds."""
-        for start in range(0, self.ids.shape[1], size):
-            columns = slice(start, min(start + size, self.ids.shape[1]))
-            mask, positions, types = (
-                None if array is None else array[:, columns]
-                for array in (self.mask, self.positions, self.types)
-            )
-            yield columns, TokenBatch(self.ids[:, columns], mask, positions, types)
-
-
-class CachedDecoder:
+class CachedDecoder(Decoder):
     """Texts in a model with a key/value cache.
 
     Args:
@@ -74,7 +40,7 @@ class CachedDecoder:
         self._binding = runtime.io_binding()
         self._inputs = {value.role: value for value in signature.inputs}
         self._pairs = signature.cache_pairs()
-        self._logits = _logits_of(signature)
+        self._logits = logits_of(signature)
         self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._batch = batch
         self._length = 0
@@ -94,22 +60,8 @@ class CachedDecoder:
         """Tokens per row that fit before the cache must grow."""
         return self._capacity
 
-    def advance(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
-        """Append ``[batch, query]`` tokens; logits after the last, ``[batch, vocabulary]``."""
-        for _, part in TokenBatch(input_ids, mask).chunks(PREFILL_CHUNK):
-            logits = self.append(part, count=1)
-        return logits[:, -1]
-
     def append(self, tokens: TokenBatch, *, count: int) -> FloatArray:
-        """Append tokens in one run of the model.
-
-        Args:
-            tokens: What to append.
-            count: Of how many last positions logits are needed.
-
-        Returns:
-            ``[batch, count or more, vocabulary]``; overwritten by the next call.
-        """
+        """See `Decoder.append`; the logits are overwritten by the next call."""
         query = tokens.ids.shape[1]
         total = self._length + query
         self._reserve(total)
@@ -177,61 +129,6 @@ class CachedDecoder:
 
     def _bind_output(self, name: str, array: npt.NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-class RecomputingDecoder:
-    """Texts in a causal model without a cache: every token runs the whole text again.
-
-    Args:
-        runtime: The loaded model.
-        signature: Its inputs and outputs.
-        batch: Number of texts.
-    """
-
-    def __init__(
-        self, runtime: onnxruntime.InferenceSession, signature: Signature, batch: int
-    ) -> None:
-        self._runtime = runtime
-        self._signature = signature
-        self._ids = np.empty((batch, 0), np.int64)
-        self._mask = np.empty((batch, 0), np.int64)
-
-    def advance(self, input_ids: IntArray, mask: IntArray | None = None) -> FloatArray:
-        """Append ``[batch, query]`` tokens; logits after the last, ``[batch, vocabulary]``."""
-        mask = np.ones_like(input_ids) if mask is None else mask
-        self._ids = np.concatenate([self._ids, input_ids], axis=1)
-        self._mask = np.concatenate([self._mask, mask], axis=1)
-        tokens = TokenBatch(self._ids, self._mask)
-        return run_without_cache(self._runtime, self._signature, tokens, count=1)[:, -1]
-
-
-def run_without_cache(
-    runtime: onnxruntime.InferenceSession, signature: Signature, tokens: TokenBatch, *, count: int
-) -> FloatArray:
-    """Run a model that has no cache on whole texts.
-
-    Returns:
-        ``[batch, count or more, vocabulary]`` logits of the last positions.
-    """
-    mask = np.ones_like(tokens.ids) if tokens.mask is None else tokens.mask
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
-    values: dict[Role, npt.NDArray[Any]] = {
-        "input_ids": tokens.ids,
-        "attention_mask": mask,
-        "position_ids": positions if tokens.positions is None else tokens.positions,
-        "token_type_ids": np.zeros_like(tokens.ids) if tokens.types is None else tokens.types,
-        "logit_positions": np.arange(tokens.ids.shape[1] - count, tokens.ids.shape[1]),
-    }
-    feeds = {
-        value.name: np.ascontiguousarray(values[value.role], dtype=value.dtype)
-        for value in signature.inputs
-    }
-    logits: FloatArray = runtime.run([_logits_of(signature).name], feeds)[0]
-    return logits
-
-
-def _logits_of(signature: Signature) -> ValueInfo:
-    return next(value for value in signature.outputs if value.role == "logits")
 
 
 def _cache_shape(value: ValueInfo, batch: int, capacity: int) -> tuple[tuple[int, ...], int]:

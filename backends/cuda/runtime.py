@@ -8,32 +8,25 @@ slowly, but with the same results, so that artifacts can be made and compared an
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qcompile.backends.cpu.decoding import PREFILL_CHUNK, FloatArray, TokenBatch
 from qcompile.backends.cuda import ops
-from qcompile.backends.cuda.decoding import GrowingDecoder
-from qcompile.backends.session import (
-    check_inputs,
-    check_like_ids,
-    check_token_ids,
-    vocabulary_size,
-)
-from qcompile.errors import ArtifactError, RecipeError
+from qcompile.backends.decoding import Decoder, GrowingDecoder, RecomputingDecoder
+from qcompile.backends.session import ModelSession
+from qcompile.errors import ArtifactError
 from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
 from qcompile.ir.serialize import load_program
 from qcompile.manifest import Manifest
 
 
-class CudaSession:
+class CudaSession(ModelSession):
     """A loaded model.
 
     Args:
@@ -45,14 +38,14 @@ class CudaSession:
         ArtifactError: If the program cannot be loaded, or it is not what the manifest says.
     """
 
+    input_errors = (RuntimeError, IndexError)
+
     def __init__(
         self, directory: Path, manifest: Manifest, *, device: str | torch.device | None = None
     ) -> None:
-        self._manifest = manifest
-        self._signature = manifest.signature
+        super().__init__(manifest)
         self._program = load_program(directory)
         _check_signature(directory, self._program, manifest)
-        self._has_cache = bool(self._signature.cache_pairs())
         if manifest.task == "causal_lm" and not self._has_cache:
             raise ArtifactError(
                 f"{directory} cannot run as a causal language model: it has no cache",
@@ -61,87 +54,38 @@ class CudaSession:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._executor: _Executor | None = None
 
-    @property
-    def vocabulary_size(self) -> int:
-        """Number of tokens that the logits of a language model are over."""
-        return vocabulary_size(self._signature)
-
-    @property
-    def takes_padding(self) -> bool:
-        """Whether padding can be masked, so that rows of different lengths share a batch."""
-        return self._signature.input("attention_mask") is not None
-
-    def run(self, inputs: Mapping[str, npt.ArrayLike]) -> dict[str, npt.NDArray[Any]]:
-        """Map inputs to outputs, both by name.
-
-        Args:
-            inputs: One array for every input of the signature.
-
-        Raises:
-            RecipeError: If an input is missing, unknown, or of the wrong type or shape.
-        """
-        arrays = check_inputs(inputs, self._signature)
-        tensors = [torch.from_numpy(array).to(self._device) for array in arrays.values()]
-        try:
-            outputs = self._run(tensors)
-        except (RuntimeError, IndexError) as error:
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-            raise RecipeError(f"the model cannot run the inputs {shapes}: {error}") from error
+    def _run(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        engine = self._engine()
+        outputs = engine.run([engine.put(array) for array in arrays.values()])
         names = (value.name for value in self._signature.outputs)
-        return {name: value.cpu().numpy() for name, value in zip(names, outputs, strict=True)}
+        return {name: engine.get(value) for name, value in zip(names, outputs, strict=True)}
 
-    def forward(
-        self,
-        input_ids: npt.ArrayLike,
-        attention_mask: npt.ArrayLike | None = None,
-        position_ids: npt.ArrayLike | None = None,
-        token_type_ids: npt.ArrayLike | None = None,
-    ) -> FloatArray:
-        """Logits at every position, ``[batch, sequence, vocabulary]``, without any past.
-
-        Args:
-            input_ids: ``[batch, sequence]``.
-            attention_mask: ``[batch, sequence]``, 0 at padding on either side.
-            position_ids: ``[batch, sequence]``; by default they count the real tokens.
-            token_type_ids: ``[batch, sequence]``, for models that take them; by default 0.
-
-        Raises:
-            RecipeError: If an argument does not fit the model.
-        """
-        if self._signature.output("logits") is None:
-            raise RecipeError("this model has no logits", remedy="use run(inputs)")
-        ids = check_token_ids(input_ids, self._manifest)
-        tokens = TokenBatch(
-            ids,
-            check_like_ids(ids, "attention_mask", attention_mask, self._signature),
-            check_like_ids(ids, "position_ids", position_ids, self._signature),
-            check_like_ids(ids, "token_type_ids", token_type_ids, self._signature),
-        )
-        decoder = self._decoder(len(ids))
-        chunk = PREFILL_CHUNK if self._has_cache else ids.shape[1]
-        parts = [decoder.append(part, count=part.ids.shape[1]) for _, part in tokens.chunks(chunk)]
-        return np.concatenate(parts, axis=1)
-
-    def decoder(self, batch: int, capacity: int) -> GrowingDecoder:
-        """An empty decoder for `batch` rows; its cache grows as it is needed.
-
-        Raises:
-            RecipeError: If the model does not generate.
-        """
+    def _decoder(self, batch: int, capacity: int) -> Decoder:
         del capacity
-        if self._manifest.task != "causal_lm":
-            raise RecipeError(
-                "this artifact holds no causal language model: it cannot generate",
-                remedy="use forward() or run(inputs)",
-            )
-        return self._decoder(batch)
+        kind = GrowingDecoder if self._has_cache else RecomputingDecoder
+        return kind(self._engine(), self._signature, batch)
 
-    def _decoder(self, batch: int) -> GrowingDecoder:
-        return GrowingDecoder(self._run, self._signature, batch, self._device)
-
-    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _engine(self) -> _TorchEngine:
         if self._executor is None:
             self._executor = _Executor(self._program, self._device)
+        return _TorchEngine(self._executor, self._device)
+
+
+class _TorchEngine:
+    """Runs a program on tensors of its device: caches stay there."""
+
+    def __init__(self, executor: _Executor, device: torch.device) -> None:
+        self._executor = executor
+        self._device = device
+
+    def put(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def get(self, value: Tensor) -> npt.NDArray[Any]:
+        array: npt.NDArray[Any] = value.cpu().numpy()
+        return array
+
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         return self._executor.run(*inputs)
 
 

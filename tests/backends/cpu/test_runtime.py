@@ -12,9 +12,10 @@ import pytest
 from onnx import TensorProto, helper
 from tests.tiny_lm import POSITIONS, VOCABULARY, TinyModel, save_manifest, write_artifact
 
-from qcompile.backends.cpu import decoding
-from qcompile.backends.cpu.decoding import CachedDecoder, RecomputingDecoder, TokenBatch
+from qcompile.backends import decoding
+from qcompile.backends.cpu.decoding import CachedDecoder
 from qcompile.backends.cpu.runtime import CpuSession
+from qcompile.backends.decoding import RecomputingDecoder, TokenBatch
 from qcompile.errors import ArtifactError, RecipeError
 from qcompile.manifest import (
     GenerationInfo,
@@ -89,7 +90,7 @@ def test_forward_in_chunks_equals_forward_at_once(
     ids, mask = some_ids(2, 11), np.ones((2, 11), np.int64)
     mask[0, :6] = 0
     at_once = session.forward(ids, mask)
-    monkeypatch.setattr("qcompile.backends.cpu.runtime.PREFILL_CHUNK", 4)
+    monkeypatch.setattr(decoding, "PREFILL_CHUNK", 4)
     np.testing.assert_allclose(
         session.forward(ids, mask)[mask == 1], at_once[mask == 1], **TOLERANCE
     )

@@ -220,7 +220,7 @@ def test_forward_in_chunks_is_forward_at_once(
     artifact: Artifact, ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = artifact.forward(ids)
-    monkeypatch.setattr("qcompile.backends.cuda.runtime.PREFILL_CHUNK", 3)
+    monkeypatch.setattr("qcompile.backends.decoding.PREFILL_CHUNK", 3)
     assert_close(torch.as_tensor(artifact.forward(ids)), torch.as_tensor(whole))
 
 
