@@ -43,9 +43,9 @@ class CudaSession(ModelSession):
     def __init__(
         self, directory: Path, manifest: Manifest, *, device: str | torch.device | None = None
     ) -> None:
-        super().__init__(manifest)
         self._program = load_program(directory)
         _check_signature(directory, self._program, manifest)
+        super().__init__(manifest)
         if manifest.task == "causal_lm" and not self._has_cache:
             raise ArtifactError(
                 f"{directory} cannot run as a causal language model: it has no cache",
