@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
+from qcompile.calibration.settings import Calibration
 from qcompile.errors import EquivalenceError, QCompileError
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
@@ -119,6 +120,7 @@ class Context:
     Attributes:
         progress: Told of stages and steps.
         seed: For everything random.
+        calibration: What passes that look at activations run the program on.
         checks: How equivalence is checked, unless a manager is told otherwise.
         phases: The phases that have run, in order; managers add to it.
         on_rewrite: Told of every rewrite of a rule, before it takes its place in the program.
@@ -126,6 +128,7 @@ class Context:
 
     progress: Progress = field(default_factory=NullProgress)
     seed: int = 0
+    calibration: Calibration = field(default_factory=Calibration)
     checks: Checks = field(default_factory=Checks)
     phases: list[PhaseRecord] = field(default_factory=list)
     on_rewrite: Callable[[Rewrite], None] | None = None

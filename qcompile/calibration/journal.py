@@ -1,0 +1,96 @@
+"""Finished work by content: what was computed once of the same things is read back.
+
+An entry's key is a hash of all that decides about it; its file is written aside and renamed, so
+that it is whole whenever the process ends. What cannot be read counts as never written.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from qcompile.errors import DataError
+
+_SUFFIX = ".safetensors"
+
+KEPT_BYTES = 8 << 30
+"""Past this much, entries that were not used for the longest time go."""
+
+
+class Journal:
+    """A directory of entries.
+
+    Args:
+        directory: Made if it is not there.
+        kept_bytes: The most that entries may take when a journal is opened.
+
+    Raises:
+        DataError: The directory cannot be written to.
+    """
+
+    def __init__(self, directory: Path, *, kept_bytes: int = KEPT_BYTES) -> None:
+        self.directory = directory
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._prune(kept_bytes)
+        except OSError as error:
+            raise DataError(
+                f"work directory '{directory}' cannot be used: {error.strerror}",
+                remedy="name another with --work-dir",
+            ) from error
+
+    def get(self, key: str) -> dict[str, Tensor] | None:
+        """The tensors of an entry, or None."""
+        path = self._path(key)
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+            os.utime(path)
+        except (OSError, safetensors.SafetensorError):
+            return None
+        return tensors
+
+    def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
+        """Adds an entry.
+
+        Raises:
+            DataError: It cannot be written.
+        """
+        path = self._path(key)
+        content = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except OSError as error:
+            raise DataError(
+                f"work directory '{self.directory}' cannot be written to: {error.strerror}",
+                remedy="make room there, or name another with --work-dir",
+            ) from error
+
+    def _path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}{_SUFFIX}"
+
+    def _prune(self, kept_bytes: int) -> None:
+        """Removes what was used least recently, and what killed processes left half written."""
+        found = [path for path in self.directory.glob("??/*") if path.is_file()]
+        entries = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in found)
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if total > kept_bytes:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def default_directory() -> Path:
+    """Where journals are unless the user says otherwise: in the user's cache directory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache, "qcompile", "calibration")

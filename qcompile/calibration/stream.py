@@ -1,0 +1,400 @@
+"""Walking a program over calibration data, part by part.
+
+A `Stream` computes, for all micro-batches, what leads to the values that it is asked for, shows
+these to statistics, and keeps of the rest what is still needed: at a decoder block's boundary that
+is the residual stream alone. Weights are in memory only while their part runs, and may be replaced
+by others for what follows, such as the decoded values of codes that were chosen on the way.
+
+Results do not depend on the number of threads or on the memory limit: a micro-batch runs on one
+thread, results are added up in order, and a value is the same in memory and in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.analysis.stages import Flow
+from qcompile.calibration.parallel import ordered_map
+from qcompile.calibration.requests import Request, Statistics, linear_inputs
+from qcompile.calibration.samples import CalibrationData
+from qcompile.calibration.statistics import Statistic
+from qcompile.calibration.store import ActivationStore
+from qcompile.errors import DataError, ModelError
+from qcompile.formats.row_blocks import operators_on_one_thread
+from qcompile.ir.program import Program
+from qcompile.ir.text import format_target
+
+Hook = Callable[[Tensor], Tensor]
+"""What becomes of a value as soon as it is computed, such as rounding it."""
+
+
+@dataclass(frozen=True)
+class NumericPlan:
+    """What rounding depends on; the number of threads and the memory limit are not among it.
+
+    Attributes:
+        batch_tokens: Tokens of a micro-batch.
+    """
+
+    batch_tokens: int = 2048
+
+    def key(self) -> dict[str, str]:
+        """The plan, with the versions and instruction set that it holds for."""
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {
+            **{name: str(value) for name, value in asdict(self).items()},
+            "torch": torch.__version__,
+            "cpu": capability,
+        }
+
+
+DEFAULT_PLAN = NumericPlan()
+
+
+class Stream:
+    """A program on its way over calibration data.
+
+    Args:
+        program: The program; it is neither changed nor may it be while the stream is open.
+        data: What it runs on.
+        targets: All values that will be observed; nothing that does not lead to them is computed.
+        hooks: What becomes of values as they are computed.
+        memory_limit: Bytes of this process past which activations go to files.
+        work_directory: Where those files are made.
+        plan: What rounding depends on.
+
+    Attributes:
+        batches: Number of micro-batches.
+
+    Raises:
+        ModelError: The data does not fit the program's signature.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        data: CalibrationData,
+        targets: Iterable[fx.Node],
+        *,
+        hooks: Mapping[fx.Node, Hook] | None = None,
+        memory_limit: int | None = None,
+        work_directory: Path | None = None,
+        plan: NumericPlan = DEFAULT_PLAN,
+    ) -> None:
+        self._program = program
+        self._inputs = linear_inputs(program)
+        self._hooks = dict(hooks or {})
+        self._pending = set(targets)
+        self._constant = Flow(program).constant
+        self._order = {node: i for i, node in enumerate(program.graph.nodes)}
+        self._needed = self._ancestors(self._pending, set())
+        self._computed = {n for n in program.graph.nodes if n.op == "placeholder"}
+        self._overrides: dict[str, Callable[[], Tensor]] = {}
+        self._skipped: list[tuple[_Part, dict[str, Callable[[], Tensor]]]] = []
+        self._prepared: _Prepared | None = None
+        self._key = _digest(data.fingerprint(), repr(sorted(plan.key().items())))
+        self._store = ActivationStore(memory_limit, work_directory)
+        bound = data.batches(program, plan.batch_tokens)
+        self.batches = len(bound)
+        for batch, values in enumerate(bound):
+            for node, value in zip(program.inputs, values, strict=True):
+                if node in self._needed:
+                    floating = value.is_floating_point()
+                    self._store.put(batch, node, value.float() if floating else value)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._store.close()
+
+    def override(self, name: str, value: Callable[[], Tensor]) -> None:
+        """From here on, an entry of the weight store has other numbers.
+
+        Args:
+            name: The entry.
+            value: Makes a float32 tensor of its shape, whenever it is needed.
+        """
+        self._overrides[name] = value
+        self._prepared = None
+
+    def key(self, values: Sequence[fx.Node]) -> str:
+        """A hash of all that decides about some values: what `observe` would collect of them.
+
+        Of the data, the numeric plan, and every node and weight that led here, by contents.
+
+        Args:
+            values: As `observe` will be asked for.
+        """
+        return self._prepare(values).key
+
+    def skip(self, values: Sequence[fx.Node], *, beside: Iterable[fx.Node] = ()) -> None:
+        """Goes on as if some values had been observed; computes them only if it must, later.
+
+        Args:
+            values: Among the targets.
+            beside: Further targets, on the way to `values`, that nobody will ask for any more.
+        """
+        self._pending.difference_update(beside)
+        prepared = self._prepare(values)
+        self._skipped.append((prepared.part, dict(self._overrides)))
+        self._advance(prepared, values)
+
+    def observe(
+        self,
+        requests: Sequence[Request],
+        *,
+        stay: bool = False,
+        on_batch: Callable[[], None] | None = None,
+    ) -> Statistics:
+        """Runs as far as the requested values and collects their statistics.
+
+        Args:
+            requests: Of values among the targets; their order does not matter.
+            stay: Whether to run this part again later, with other weights perhaps. What is
+                computed is then not kept.
+            on_batch: Called after each micro-batch.
+
+        Raises:
+            DataError: A node cannot run on this data.
+            ModelError: A value is not finite.
+        """
+        values = list(dict.fromkeys(request.value for request in requests))
+        prepared = self._prepare(values)
+        for part, overrides in self._skipped:
+            self._run(part, self._constants(part.nodes, overrides), (), False, None)
+        self._skipped.clear()
+        totals = self._run(prepared.part, prepared.constants, requests, stay, on_batch)
+        if not stay:
+            self._advance(prepared, values)
+        return self._results(requests, totals)
+
+    def _run(
+        self,
+        part: _Part,
+        constants: Mapping[fx.Node, Any],
+        requests: Sequence[Request],
+        stay: bool,
+        on_batch: Callable[[], None] | None,
+    ) -> list[Statistic]:
+        """Computes a part for all micro-batches and stores what is needed of it later."""
+
+        def compute(batch: int) -> tuple[dict[fx.Node, Any], list[Statistic]]:
+            env = {**constants, **{node: self._store.get(batch, node) for node in part.reads}}
+            for node in part.nodes:
+                env[node] = self._compute(node, env)
+                for value in part.releases.get(node, ()):
+                    del env[value]
+            seen = []
+            for request in requests:
+                statistic = request.statistic()
+                statistic.update(rows_of(env[request.value], request.channels))
+                seen.append(statistic)
+            return ({} if stay else {node: env[node] for node in part.keeps}), seen
+
+        totals = [request.statistic() for request in requests]
+        for batch, (values, seen) in enumerate(ordered_map(compute, range(self.batches))):
+            for total, more in zip(totals, seen, strict=True):
+                total.merge(more)
+            for node in () if stay else part.drops:
+                self._store.drop(batch, node)
+            for node, value in values.items():
+                self._store.put(batch, node, value)
+            if on_batch is not None:
+                on_batch()
+        return totals
+
+    def _prepare(self, values: Sequence[fx.Node]) -> _Prepared:
+        """The part that leads to some values, its weights in memory, and the key of it all."""
+        if self._prepared is None or self._prepared.values != tuple(values):
+            self._prepared = None  # its weights may go first
+            part = self._part(values)
+            constants = self._constants(part.nodes, self._overrides)
+            contents = [part.text(), *(_digest_value(v) for v in constants.values())]
+            self._prepared = _Prepared(
+                tuple(values), part, constants, _digest(self._key, *contents)
+            )
+        return self._prepared
+
+    def _advance(self, prepared: _Prepared, values: Iterable[fx.Node]) -> None:
+        self._key = prepared.key
+        self._computed.update(prepared.part.nodes)
+        self._pending.difference_update(values)
+        self._prepared = None
+
+    def _part(self, values: Sequence[fx.Node]) -> _Part:
+        """What has to run for some values to be known."""
+        unknown = [value.name for value in values if value not in self._pending]
+        if unknown:
+            raise ValueError(f"not among the targets that are left: {', '.join(unknown)}")
+        nodes = sorted(self._ancestors(values, self._computed), key=self._order.__getitem__)
+        inside = set(nodes)
+        operands = (n for node in nodes for n in node.all_input_nodes)
+        outside = (n for n in (*operands, *values) if n not in inside and n not in self._constant)
+        reads = tuple(dict.fromkeys(outside))
+        live = self._live(self._computed | inside, self._pending.difference(values))
+        keeps = tuple(node for node in nodes if node in live)
+        last_reader = {n: node for node in nodes for n in node.all_input_nodes}
+        releases: dict[fx.Node, list[fx.Node]] = {}
+        for value, reader in last_reader.items():
+            if value not in self._constant and value not in live and value not in values:
+                releases.setdefault(reader, []).append(value)
+        drops = tuple(node for node in reads if node not in live)
+        return _Part(tuple(nodes), reads, keeps, drops, releases)
+
+    def _live(self, computed: set[fx.Node], pending: set[fx.Node]) -> set[fx.Node]:
+        """Computed values that lead to the pending ones."""
+        missing = self._ancestors(pending, computed)
+        read = {n for node in missing for n in node.all_input_nodes}
+        return ((read | pending) & computed) - self._constant
+
+    def _ancestors(self, values: Iterable[fx.Node], known: set[fx.Node]) -> set[fx.Node]:
+        """What has to be computed for some values, given others; constants apart."""
+        found: set[fx.Node] = set()
+        waiting = list(values)
+        while waiting:
+            node = waiting.pop()
+            if node not in found and node not in known and node not in self._constant:
+                found.add(node)
+                waiting += node.all_input_nodes
+        return found
+
+    def _constants(
+        self, nodes: Sequence[fx.Node], overrides: Mapping[str, Callable[[], Tensor]]
+    ) -> dict[fx.Node, Any]:
+        """What some nodes read that depends on weights alone, in graph order."""
+
+        def materialize(node: fx.Node) -> Tensor:
+            made = overrides.get(str(node.target))
+            return self._program.weights.materialize(str(node.target)) if made is None else made()
+
+        read = {n for node in nodes for n in node.all_input_nodes if n in self._constant}
+        found, waiting = set(read), list(read)
+        while waiting:
+            for operand in waiting.pop().all_input_nodes:
+                if operand not in found:
+                    found.add(operand)
+                    waiting.append(operand)
+        ordered = sorted(found, key=self._order.__getitem__)
+        weights = [node for node in ordered if node.op == "get_attr"]
+        env: dict[fx.Node, Any] = dict(zip(weights, ordered_map(materialize, weights), strict=True))
+        with operators_on_one_thread(), torch.no_grad():
+            for node in ordered:
+                if node.op != "get_attr":
+                    env[node] = self._compute(node, env)
+        return {node: env[node] for node in ordered if node in read}
+
+    def _compute(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        try:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise DataError(
+                f"node '{node.name}' ({format_target(node.target)}) cannot run on the calibration "
+                f"data: {reason[0]}",
+                remedy="check that the data belongs to the model: its tokenizer, its input shapes",
+            ) from error
+        hook = self._hooks.get(node)
+        return value if hook is None else hook(value)
+
+    def _results(self, requests: Sequence[Request], totals: Sequence[Statistic]) -> Statistics:
+        result = Statistics(self._inputs)
+        for request, total in zip(requests, totals, strict=True):
+            if not total.finite():
+                readers = [name for name, v in self._inputs.items() if request.value in v]
+                met = f", the input of {', '.join(readers)}," if readers else ""
+                raise ModelError(
+                    f"value '{request.value.name}'{met} is not finite on the calibration data",
+                    remedy="its weights or its arithmetic overflow: check the model in float32",
+                )
+            result.collected[request.value.name, type(total), request.channels] = total
+        return result
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a program that runs at once.
+
+    Attributes:
+        nodes: What is computed, in order.
+        reads: Values from before that it needs.
+        keeps: Values of it that are needed later.
+        drops: Values from before that nobody needs any more.
+        releases: After which node which values are not needed within the part any more.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    keeps: tuple[fx.Node, ...]
+    drops: tuple[fx.Node, ...]
+    releases: Mapping[fx.Node, Sequence[fx.Node]]
+
+    def text(self) -> str:
+        """The nodes as text: equal for parts that compute the same of the same."""
+        return "\n".join(
+            f"{node.name} = {format_target(node.target)}{node.args}{node.kwargs}"
+            for node in self.nodes
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A part that is ready to run, or to be skipped.
+
+    Attributes:
+        values: What it was asked to lead to.
+        part: What runs.
+        constants: What that reads that depends on weights alone.
+        key: A hash of all that decides about its values.
+    """
+
+    values: tuple[fx.Node, ...]
+    part: _Part
+    constants: Mapping[fx.Node, Any]
+    key: str
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _digest_value(value: Any) -> str:
+    return digest_tensor(value) if isinstance(value, Tensor) else repr(value)
+
+
+def digest_tensor(tensor: Tensor) -> str:
+    """A hash of a tensor's shape, dtype and contents."""
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
+    content = tensor.detach().contiguous().flatten().view(torch.uint8)
+    digest.update(content.numpy().data)
+    return digest.hexdigest()
+
+
+def rows_of(value: Tensor, channels: tuple[int, ...] = (-1,)) -> Tensor:
+    """A value as float32 [rows, channels].
+
+    Args:
+        value: Any shape.
+        channels: The axes that are channels; the others, in order, are rows.
+    """
+    axes = [axis % value.ndim for axis in channels]
+    others = [axis for axis in range(value.ndim) if axis not in axes]
+    if axes != list(range(value.ndim - len(axes), value.ndim)):
+        value = value.permute(*others, *axes)
+    width = math.prod(value.shape[len(others) :])
+    return value.reshape(-1, width).to(torch.float32)
