@@ -42,6 +42,12 @@ def absorb(program: Program, site: Site, transforms: Sequence[Transform]) -> Non
         _apply_later(program, weight, axis, list(along.values()))
 
 
+def transform_weight(program: Program, weight: str, axis: int, transform: Transform) -> None:
+    """Multiplies a weight's axis by a transform when the weight is materialized."""
+    size = program.weights.spec(weight).shape[axis]
+    _apply_later(program, weight, axis, [(0, size, transform)])
+
+
 def _apply_later(program: Program, weight: str, axis: int, stretches: list[Stretch]) -> None:
     def function(value: Tensor) -> Tensor:
         value = value.clone()

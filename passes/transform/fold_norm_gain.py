@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.declarations.norms import gain_consumers
@@ -12,8 +11,8 @@ from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
-from qcompile.ir.weights import TensorSpec
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
+from qcompile.passes.transform.bias import derive_bias
 from qcompile.passes.transform.untie_weights import own_weight
 
 
@@ -82,7 +81,7 @@ def _fold(program: Program, editor: Editor, node: fx.Node) -> list[dict[str, Any
             bits = program.weights.spec(name).bytes * 8
             untied.append({"weight": str(weight.target), "copy": name, "extra_bits": bits})
         if shift is not None:
-            add_to_bias(program, editor, layer, name, str(shift.target))
+            _add_shift(program, layer, name, str(shift.target))
         if gain is not None:
             program.weights.derive(
                 name,
@@ -103,34 +102,10 @@ def _is_experts(node: fx.Node) -> bool:
     return node.target is dialect.experts
 
 
-def add_to_bias(program: Program, editor: Editor, linear: fx.Node, weight: str, shift: str) -> None:
-    """Makes a linear's bias ``c + W b``, with the weight as it is now.
+def _add_shift(program: Program, linear: fx.Node, weight: str, shift: str) -> None:
+    """``c + W b`` with the weight as it is before the gain is folded into it."""
 
-    Args:
-        program: Edited in place; a bias is made where there is none.
-        editor: Of the program.
-        linear: The call.
-        weight: The name of its weight W.
-        shift: The name of b, a vector over its input channels.
-    """
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    operands = (weight, shift) + ((str(bias.target),) if isinstance(bias, fx.Node) else ())
+    def function(bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+        return bias + weight @ shift
 
-    def function(weight: Tensor, shift: Tensor, bias: Tensor | None = None) -> Tensor:
-        product = weight @ shift
-        return product if bias is None else product + bias
-
-    rows = program.weights.spec(weight).shape[0]
-    name = _unused(program, f"{weight}_shift")
-    spec = TensorSpec((rows,), torch.float32)
-    program.weights.derive(name, operands, function, spec, exact=False, label="fold_shift")
-    with editor.before(linear):
-        linear.args = (*linear.args[:2], editor.weight(name))
-
-
-def _unused(program: Program, stem: str) -> str:
-    """A name for a new entry; the stem itself where it is free."""
-    name, i = stem, 2
-    while name in program.weights:
-        name, i = f"{stem}{i}", i + 1
-    return name
+    derive_bias(program, linear, (weight, shift), function, "fold_shift")

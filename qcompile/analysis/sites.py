@@ -33,6 +33,7 @@ class Site:
         norms: Names of normalizations whose gain must be folded into their consumers before an
             orthogonal transform.
         centred: Whether some of these subtract the mean, so that the sources must be centred.
+        reads_norm: Whether a normalization reads values on this basis: it is a residual stream.
     """
 
     size: int
@@ -42,6 +43,7 @@ class Site:
     planes: tuple[int, bool] | None = None
     norms: tuple[str, ...] = ()
     centred: bool = False
+    reads_norm: bool = False
 
     @property
     def ports(self) -> list[Port]:
@@ -138,6 +140,7 @@ def _site(
         planes=planes,
         norms=tuple(name for name, _ in needed),
         centred=any(centred for _, centred in needed),
+        reads_norm=bool(met),
     )
 
 

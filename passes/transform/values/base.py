@@ -76,6 +76,14 @@ class Transform(ABC):
         """Whether it is known to change nothing."""
         return False
 
+    def linear_part(self) -> Transform:
+        """The matrix, without what a `Shift` adds."""
+        return self
+
+    def offset(self) -> Tensor:
+        """What zero becomes: ``[n]`` float64; zero unless a `Shift` is in it."""
+        return self.apply(torch.zeros(self.size, dtype=torch.float64))
+
     def transposed(self) -> Transform:
         """``T^T``: what a weight's input axis sees when the transform goes into the weight."""
         return self.inverse().dual()

@@ -40,6 +40,10 @@ class Compose(Transform):
         """Whether all parts are."""
         return all(part.is_identity for part in self.parts)
 
+    def linear_part(self) -> Compose:
+        """The matrices of all parts."""
+        return Compose(tuple(part.linear_part() for part in self.parts))
+
     def inverse(self) -> Compose:
         """The inverses, in the opposite order."""
         return Compose(tuple(part.inverse() for part in reversed(self.parts)))
@@ -81,6 +85,10 @@ class BlockDiagonal(Transform):
     def is_identity(self) -> bool:
         """Whether all blocks are."""
         return all(block.is_identity for block in self.blocks)
+
+    def linear_part(self) -> BlockDiagonal:
+        """The matrices of all blocks."""
+        return self._each(lambda block: block.linear_part())
 
     def inverse(self) -> BlockDiagonal:
         """The inverses."""

@@ -89,21 +89,20 @@ class Diagonal(Transform):
 
 @dataclass(frozen=True, eq=False)
 class Shift(Transform):
-    """``x + offset``: the one transform that is no matrix.
+    """``x + b``: the one transform that is no matrix.
 
-    Weights do not see it; biases do: a source's grows by ``offset``, a sink's shrinks by
-    ``W offset``.
+    Weights do not see it; biases do: a source's grows by ``b``, a sink's shrinks by ``W b``.
 
     Attributes:
-        offset: ``[n]`` float64.
+        by: ``[n]`` float64.
     """
 
-    offset: Tensor
+    by: Tensor
 
     @property
     def size(self) -> int:
         """The order n."""
-        return len(self.offset)
+        return len(self.by)
 
     @property
     def is_linear(self) -> bool:
@@ -113,11 +112,15 @@ class Shift(Transform):
     @property
     def is_identity(self) -> bool:
         """Whether the offset is zero."""
-        return bool((self.offset == 0).all())
+        return bool((self.by == 0).all())
+
+    def linear_part(self) -> Identity:
+        """Nothing."""
+        return Identity(self.size)
 
     def inverse(self) -> Shift:
         """The shift back."""
-        return Shift(-self.offset)
+        return Shift(-self.by)
 
     def dual(self) -> Identity:
         """What weights see: nothing."""
@@ -125,7 +128,7 @@ class Shift(Transform):
 
     def encode(self) -> Encoded:
         """The offset."""
-        return Encoded("shift", (self.offset,))
+        return Encoded("shift", (self.by,))
 
     def cost(self) -> TransformCost:
         """One sum per channel."""

@@ -61,7 +61,7 @@ def _joined(blocks: tuple[Transform, ...]) -> Transform:
     if all(isinstance(block, Diagonal) for block in plain):
         return Diagonal(torch.cat([b.scale for b in plain if isinstance(b, Diagonal)]))
     if all(isinstance(block, Shift) for block in plain):
-        return Shift(torch.cat([b.offset for b in plain if isinstance(b, Shift)]))
+        return Shift(torch.cat([b.by for b in plain if isinstance(b, Shift)]))
     if all(isinstance(block, Permutation) for block in plain):
         starts = [0, *accumulate(block.size for block in plain)]
         pairs = zip(plain, starts, strict=False)
@@ -99,7 +99,7 @@ def _merge(first: Transform, second: Transform) -> Transform | None:
     match first, second:
         case Diagonal(scale=a), Diagonal(scale=b):
             return Diagonal(a * b)
-        case Shift(offset=a), Shift(offset=b):
+        case Shift(by=a), Shift(by=b):
             return Shift(a + b)
         case Permutation(index=a), Permutation(index=b):
             return Permutation(a[b])
