@@ -68,11 +68,13 @@ class Packed:
         kernel_layout_version: Layout of weights packed for qcompile's own kernels; None when the
             model needs none of them.
         tensor_bytes: Bytes of the weights as stored, by tensor name, each tensor once.
+        notes: What a user may want to know of these files: one line each.
     """
 
     signature: Signature
     kernel_layout_version: int | None = None
     tensor_bytes: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Target(ABC):

@@ -16,6 +16,7 @@ import torch
 import qcompile
 from qcompile.artifact import Artifact, load
 from qcompile.atomic_directory import refuse_to_destroy, write_artifact_directory
+from qcompile.backends.base import Target
 from qcompile.backends.registry import get_target
 from qcompile.errors import DataError, ModelError
 from qcompile.frontends.huggingface import capture_model
@@ -46,7 +47,7 @@ Model = str | os.PathLike[str] | torch.nn.Module | Program
 def compile(
     model: Model,
     recipe: str | Path | Mapping[str, object] | Recipe = DEFAULT_RECIPE,
-    target: str = "cpu",
+    target: str | Target = "cpu",
     output: str | os.PathLike[str] | None = None,
     *,
     example_inputs: Any = None,
@@ -62,7 +63,7 @@ def compile(
     Args:
         model: What to compile.
         recipe: How: a name (`qcompile recipes` lists them), a YAML file, a mapping or a `Recipe`.
-        target: What for.
+        target: What for: a target, or its name and options, such as ``"onnx:opset=23"``.
         output: Directory to write; by default ``<model>-<recipe>-<target>`` here.
         example_inputs: For a plain module, inputs to trace it with.
         overrides: Options to set on top of the recipe, ``{"quantize_weights.format": "int8"}``.
@@ -82,7 +83,7 @@ def compile(
             stood there is still whole.
     """
     resolved = load_recipe(recipe, overrides)
-    backend = get_target(target)
+    backend = get_target(target) if isinstance(target, str) else target
     progress = progress or NullProgress()
     context = Context(progress, checks=checks_for(check))
     report = CompileReport(phases=context.phases)
@@ -90,7 +91,7 @@ def compile(
         stack.callback(progress.done)
         with _phase(report, progress, "capture"):
             program = open_model(model, example_inputs, dequantize)
-        destination = _destination(output, program, resolved, target)
+        destination = _destination(output, program, resolved, backend)
         refuse_to_destroy(destination, overwrite)
         program = _run(front_phases(), program, context, report)
         preflight(program, resolved, backend).refuse()
@@ -114,6 +115,48 @@ def compile(
                 version=qcompile.__version__,
             )
     return load(destination, threads=threads)
+
+
+def write_artifact(
+    program: Program,
+    recipe: Recipe,
+    target: Target,
+    destination: Path,
+    context: Context,
+    report: CompileReport,
+    overwrite: bool = False,
+) -> None:
+    """Lowers a program that a recipe has gone through, and writes it as an artifact.
+
+    Args:
+        program: It is not changed.
+        recipe: What it has gone through.
+        target: What to lower it to.
+        destination: Directory of the artifact.
+        context: Progress, and the checks that passes undergo.
+        report: Gets the times and what the target notes.
+        overwrite: Whether an artifact that stands at `destination` may be replaced.
+
+    Raises:
+        QCompileError: It cannot be lowered or written; nothing is left at `destination` then.
+    """
+    bits = count_bits(program)
+    with _phase(report, context.progress, "lower"):
+        lowered = target.lower(program, context)
+    with write_artifact_directory(destination, overwrite, bytes_needed=bits.bytes) as directory:
+        with _phase(report, context.progress, "pack"):
+            packed = target.pack(lowered, directory, context.progress)
+        report.notes = (*program.notes, *packed.notes)
+        write_package(
+            directory,
+            program,
+            target=target,
+            recipe=recipe,
+            packed=packed,
+            bits=bits,
+            report=report,
+            version=qcompile.__version__,
+        )
 
 
 def capture(model: Model, example_inputs: Any = None, *, dequantize: bool = False) -> Program:
@@ -236,12 +279,12 @@ def _tokenizer(program: Program) -> Tokenizer | None:
 
 
 def _destination(
-    output: str | os.PathLike[str] | None, program: Program, recipe: Recipe, target: str
+    output: str | os.PathLike[str] | None, program: Program, recipe: Recipe, target: Target
 ) -> Path:
     if output is not None:
         return Path(output)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", program.provenance.name).strip("-") or "model"
-    return Path(f"{stem}-{recipe.name}-{target}")
+    return Path(f"{stem}-{recipe.name}-{target.name}")
 
 
 def _run(

@@ -22,6 +22,9 @@ class OnnxTarget(Target):
     Args:
         opset: Version of the standard operators.
 
+    Attributes:
+        opset: The same.
+
     Raises:
         TargetError: If an option has a value that it cannot have.
     """
@@ -29,6 +32,7 @@ class OnnxTarget(Target):
     name = "onnx"
 
     def __init__(self, opset: int = DEFAULT_OPSET) -> None:
+        self.opset = opset
         self._emitter = OnnxEmitter(quantized.TRANSLATIONS, opset=opset)
 
     @property
