@@ -7,6 +7,9 @@ is a defect of qcompile itself.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class QCompileError(Exception):
     """Base of all errors that qcompile raises on purpose.
@@ -76,3 +79,11 @@ class MissingExtraError(QCompileError):
             f"the package '{package}' is needed to {purpose}, and is not installed",
             remedy=f"pip install 'qcompile[{extra}]'",
         )
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """A remedy for a word that is not known: the closest one that is, and all the others."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    choice = f"known: {', '.join(names)}" if names else "there is none"
+    return f"did you mean '{close[0]}'? ({choice})" if close else choice

@@ -24,7 +24,7 @@ from qcompile.analysis.stages import Stage, stages
 from qcompile.artifact_inspection import ArtifactInspection
 from qcompile.backends.registry import get_target
 from qcompile.compiler import Model, open_model
-from qcompile.errors import QCompileError, RecipeError, TargetError
+from qcompile.errors import QCompileError, RecipeError, TargetError, suggest
 from qcompile.folding import fold_names, fold_numbers
 from qcompile.inspection_records import (
     Barrier,
@@ -42,7 +42,6 @@ from qcompile.passes.quantize.bits import count_bits
 from qcompile.pipeline import front_phases
 from qcompile.planning import plan
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.recipe_schema import suggest
 
 PREFILL = Sizes(batch=1, query=512, past=0)
 DECODE = Sizes(batch=1, query=1, past=512)

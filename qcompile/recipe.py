@@ -22,7 +22,7 @@ from typing import Final
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from qcompile.errors import RecipeError
+from qcompile.errors import RecipeError, suggest
 from qcompile.recipe_schema import (
     FLOAT,
     STEPS,
@@ -33,7 +33,6 @@ from qcompile.recipe_schema import (
     StepOptions,
     WeightOverride,
     is_mapping,
-    suggest,
 )
 from qcompile.recipe_yaml import MAX_BYTES, LocatedYaml, parse_yaml
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, TypeGuard
@@ -20,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from qcompile.errors import QCompileError
+from qcompile.errors import QCompileError, suggest
 
 FLOAT: Final = "float"
 """The name that stands for "not quantized" where a format may be given."""
@@ -222,14 +221,6 @@ class Recipe(_Strict):
     def to_yaml(self) -> str:
         """The recipe with all defaults filled in, as the YAML of a recipe file."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, width=100)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """A remedy for a word that is not known: the closest one that is, and all the others."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    choice = f"known: {', '.join(names)}" if names else "there is none"
-    return f"did you mean '{close[0]}'? ({choice})" if close else choice
 
 
 def _custom_error(kind: str, message: str, remedy: str | None) -> PydanticCustomError:
