@@ -15,6 +15,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.sizes import expression
 from qcompile.ir.types import Port, Role
 from qcompile.ir.verify import size_identities
+from qcompile.passes.equivalence.cache_basis import to_cache_basis
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ class Case:
             if port.role is Role.LOGIT_POSITIONS:
                 bound[node] = torch.arange(self.query)
             elif port.name in self.values:
-                bound[node] = self.values[port.name]
+                bound[node] = to_cache_basis(program, node, self.values[port.name])
             else:
                 raise EquivalenceError(
                     f"the program has an input '{port.name}' that it did not have before"

@@ -17,6 +17,7 @@ from qcompile.analysis.stages import Flow, Stage, stages
 from qcompile.errors import EquivalenceError
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
+from qcompile.passes.equivalence.cache_basis import from_cache_basis
 from qcompile.passes.equivalence.cases import Case, cases
 from qcompile.passes.equivalence.compare import difference
 from qcompile.passes.equivalence.evaluate import CannotRunError, Evaluator, Weights, held_key
@@ -258,7 +259,10 @@ class _Comparison:
     def _difference(self, old: _Side, one: fx.Node, new: _Side, other: fx.Node) -> float:
         largest = 0.0
         for case, env, twin in zip(self.inputs, old.envs, new.envs, strict=True):
-            error = difference(case, one, env[one], twin[other])
+            expected = from_cache_basis(old.program, one, env[one])
+            error = difference(
+                case, one, expected, from_cache_basis(new.program, other, twin[other])
+            )
             if error > self.tolerance:
                 raise _DivergenceError(other, error, case)
             largest = max(largest, error)

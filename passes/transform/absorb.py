@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from qcompile.analysis.families import PortRole
 from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
+from qcompile.passes.transform.cache_basis import change_cache_basis
 from qcompile.passes.transform.values import Transform
 
 Stretch = tuple[int, int, Transform]
@@ -36,6 +38,9 @@ def absorb(program: Program, site: Site, transforms: Sequence[Transform]) -> Non
             raise ValueError(f"a transform of order {transform.size} on a site of {site.size}")
         for port in block:
             applied = transform.dual() if port.dual else transform
+            if port.role is PortRole.CACHE:
+                change_cache_basis(program, port.weight, port.start, applied)
+                continue
             along = stretches.setdefault((port.weight, port.axis), {})
             along[port.start] = (port.start, port.size, applied)
     for (weight, axis), along in stretches.items():

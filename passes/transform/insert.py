@@ -13,6 +13,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.weights import Stored, TensorSpec
 from qcompile.passes.transform.absorb import transform_weight
 from qcompile.passes.transform.bias import bias_of, derive_bias
+from qcompile.passes.transform.cache_basis import change_cache_basis
 from qcompile.passes.transform.untie_weights import own_weight
 from qcompile.passes.transform.values import Transform, decode
 
@@ -75,6 +76,10 @@ def rotate_queries_and_keys(program: Program, attention: fx.Node, rotation: Tran
     cached = key.target is dialect.kv_append
     reader, place, new = (key, 1, key.args[1]) if cached else (attention, 1, key)
     assert isinstance(new, fx.Node)
+    past = key.args[0] if cached else None
+    if isinstance(past, fx.Node) and past.op == "placeholder":
+        for head in range(int(past.meta["val"].shape[1])):
+            change_cache_basis(program, str(past.target), head * rotation.size, rotation)
     for value, user, position in ((query, attention, 0), (new, reader, place)):
         with editor.before(user):
             node = transform_node(editor, value, rotation, attention.name)

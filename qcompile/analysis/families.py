@@ -27,6 +27,8 @@ class PortRole(Enum):
     """It consumes the value."""
     GAIN = "gain"
     """It scales the value elementwise."""
+    CACHE = "cache"
+    """It is no weight but the cache, by the name of its input, which holds values on this basis."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,9 @@ def find_sites(program: Program) -> list[Site]:
     for key, by_family in found.items():
         merged.setdefault(_pattern(key, by_family), []).append((key, by_family))
     sites = [_site(blocks, norms) for blocks in merged.values()]
-    return sorted(sites, key=lambda site: min(order.get(port.weight, 0) for port in site.ports))
+    return sorted(
+        sites, key=lambda site: min(order.get(port.weight, len(order)) for port in site.ports)
+    )
 
 
 def _is_closed(basis: Basis) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +32,9 @@ class Program:
         facts: What passes have established.
         provenance: Where it came from.
         notes: Observations for the report, such as why a region stayed as it was: one line each.
+        cache_basis: By the name of the input, how cached keys or values differ from those of the
+            captured model: each head's rows are multiplied by ``[heads or 1, D, D]`` float64. For
+            checks only; it is not saved.
     """
 
     graph: fx.Graph
@@ -40,6 +43,7 @@ class Program:
     facts: frozenset[Fact] = frozenset()
     provenance: Provenance = field(default_factory=Provenance)
     notes: tuple[str, ...] = ()
+    cache_basis: Mapping[str, Tensor] = field(default_factory=dict)
     _materialized: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def copy(self) -> Program:

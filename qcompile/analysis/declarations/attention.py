@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.analysis.families import PortRole
 from qcompile.analysis.features import (
     BasisMap,
     Declaration,
@@ -41,7 +42,10 @@ def _kv_append(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     dims = single_feature(bases, new)
     if dims is None:
         return []
-    bases.give(node, dims, bases.of(new, dims))
+    axis = bases.of(new, dims)
+    bases.give(node, dims, axis)
+    if past.op == "placeholder":
+        bases.axes.port(axis, str(past.target), 1, bases.axes.sizes[axis], PortRole.CACHE)
     return [past, new]
 
 
