@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-from qcompile.errors import RecipeError
-from qcompile.formats import Format, Rounded, ScaleSearch, rtn
+from qcompile.calibration.requests import linear_inputs
+from qcompile.formats import Format, QuantizedWeight, ScaleSearch, relative_error
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
-from qcompile.passes.quantize.layers import LayerWeight, layer_weights
+from qcompile.passes.quantize.calibrated import Job, Sequential, quantize_calibrated
+from qcompile.passes.quantize.layers import LayerWeight, Part, layer_weights
+from qcompile.passes.quantize.methods import Outcome, Rtn, Task, make_method
 from qcompile.passes.quantize.policy import FormatPolicy, Override
 from qcompile.passes.quantize.replace_weight import replace_weight
 
-METHODS = ("rtn",)
-"""How codes can be chosen."""
+_Chosen = tuple[LayerWeight, Format]
+_Made = tuple[LayerWeight, QuantizedWeight, dict[str, object]]
+
+_LINEARS = frozenset({Part.LINEAR, Part.LM_HEAD})
+"""What layers do that calibration data can say something about."""
 
 
 class QuantizeWeights(Pass):
@@ -31,13 +36,21 @@ class QuantizeWeights(Pass):
         %2 = aten.linear(%x, %1)
 
     A tensor that several layers share is quantized once, and they share its one `qc.dequantize`.
-    Weights are read, rounded and released one at a time. Each leaves a record in the result's
-    details: ``weight, parts, format, shape, bits_per_weight, relative_error``.
+    Each weight leaves a record in the result's details: ``weight, parts, method, format, shape,
+    bits_per_weight, relative_error``, and where calibration data was used ``output_error``.
+
+    Methods that look at the inputs of layers run the program on the context's calibration data,
+    stage by stage. Weights that are (also) embeddings have no such inputs and are rounded to
+    nearest.
 
     Args:
         format: Format, or its name, of all weights that nothing below names.
-        method: How codes are chosen: ``"rtn"``, round to nearest.
-        scale_search: How scales are chosen: ``"absmax"`` or ``"mse"``.
+        method: How codes are chosen, a key of `qcompile.passes.quantize.methods.METHODS`.
+        options: Options of the method.
+        scale_search: How scales are chosen: ``"absmax"``, ``"mse"`` or ``"l2.4"``.
+        sequential: For methods that look at inputs, whose quantized weights these have gone
+            through: those of all layers before (``"layer"``), of all decoder blocks before
+            (``"block"``), or of none (``"none"``).
         ignore: Patterns on names of weights that stay float.
         embedding: Format of the token embedding, or ``"float"``. None: that of lm_head where both
             are one tensor, else it stays float.
@@ -46,7 +59,7 @@ class QuantizeWeights(Pass):
             attributes; the last match wins, over all of the above but `ignore`.
 
     Raises:
-        RecipeError: A format or the method is unknown.
+        RecipeError: A format, the method or one of its options is unknown.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.CANONICAL})
@@ -58,16 +71,17 @@ class QuantizeWeights(Pass):
         format: str | Format,
         *,
         method: str = "rtn",
+        options: Mapping[str, Any] | None = None,
         scale_search: ScaleSearch = "absmax",
+        sequential: Sequential = "layer",
         ignore: Iterable[str] = (),
         embedding: str | Format | None = None,
         lm_head: str | Format | None = None,
         overrides: Iterable[Override | Mapping[str, str]] = (),
     ) -> None:
-        if method not in METHODS:
-            raise RecipeError(
-                f"unknown method '{method}'", remedy=f"known methods: {', '.join(METHODS)}"
-            )
+        self._method_name = method
+        self._method = make_method(method, options)
+        self._sequential: Sequential = sequential
         self._policy = FormatPolicy.of(
             format, embedding=embedding, lm_head=lm_head, ignore=ignore, overrides=overrides
         )
@@ -95,28 +109,70 @@ class QuantizeWeights(Pass):
                 result.skips.append(Skip(weight.name, decision.reason))
             else:
                 chosen.append((weight, decision.format))
-        context.progress.stage("quantize weights", len(chosen))
-        for weight, format in chosen:
-            rounded = rtn(
-                program.weights.materialize(weight.name),
-                format,
-                scale_search=self._scale_search,
-                name=weight.name,
-            )
-            replace_weight(program, weight, rounded.weight)
-            result.rewrites += 1
-            result.details.append(_record(weight, rounded))
-            context.progress.advance(1, weight.name)
+        inputs = linear_inputs(program)
+        calibrated = {
+            weight.name
+            for weight, _ in chosen
+            if self._method.statistics and weight.parts <= _LINEARS and weight.name in inputs
+        }
+        made = [
+            *self._by_weight(program, [c for c in chosen if c[0].name not in calibrated], context),
+            *self._by_inputs(program, [c for c in chosen if c[0].name in calibrated], context),
+        ]
+        records = {weight.name: record for weight, _, record in made}
+        for weight, quantized, _ in made:
+            replace_weight(program, weight, quantized)
+        result.rewrites = len(made)
+        result.details += [records[weight.name] for weight, _ in chosen]
         return result
 
+    def _by_weight(
+        self, program: Program, chosen: Sequence[_Chosen], context: Context
+    ) -> Iterator[_Made]:
+        """Quantizes weights by their numbers alone, one at a time."""
+        name, method = self._method_name, self._method
+        if method.statistics:
+            name, method = "rtn", Rtn()
+        context.progress.stage("quantize weights", len(chosen))
+        for weight, format in chosen:
+            float_weight = program.weights.materialize(weight.name)
+            outcome = method.quantize(Task(weight.name, float_weight, format, self._scale_search))
+            context.progress.advance(1, weight.name)
+            error = relative_error(float_weight, outcome.weight)
+            yield weight, outcome.weight, _record(weight, name, outcome, error)
 
-def _record(weight: LayerWeight, rounded: Rounded) -> dict[str, object]:
-    quantized = rounded.weight
+    def _by_inputs(
+        self, program: Program, chosen: Sequence[_Chosen], context: Context
+    ) -> Iterator[_Made]:
+        """Quantizes weights by what they do to calibration data."""
+        if not chosen:
+            return
+        by_name = {weight.name: weight for weight, _ in chosen}
+        jobs = [Job(w.name, format, self._scale_search, self._method) for w, format in chosen]
+        for finished in quantize_calibrated(
+            program,
+            jobs,
+            context.calibration,
+            method=self._method_name,
+            sequential=self._sequential,
+            progress=context.progress,
+        ):
+            weight, outcome = by_name[finished.job.name], finished.outcome
+            error = relative_error(program.weights.materialize(weight.name), outcome.weight)
+            record = _record(weight, self._method_name, outcome, error)
+            yield weight, outcome.weight, {**record, "output_error": finished.output_error}
+
+
+def _record(weight: LayerWeight, method: str, outcome: Outcome, error: float) -> dict[str, object]:
+    quantized = outcome.weight
+    notes = {"notes": list(outcome.notes)} if outcome.notes else {}
     return {
         "weight": weight.name,
         "parts": sorted(part.value for part in weight.parts),
+        "method": method,
         "format": str(quantized.format),
         "shape": list(quantized.shape),
         "bits_per_weight": quantized.format.bits_per_weight(quantized.shape),
-        "relative_error": rounded.relative_error,
+        "relative_error": error,
+        **notes,
     }

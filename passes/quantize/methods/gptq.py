@@ -1,0 +1,56 @@
+"""GPTQ: rounding column by column, each error made up for by the columns after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from qcompile.calibration.statistics import Hessian, Statistic
+from qcompile.formats import QuantizedWeight
+from qcompile.passes.quantize.methods.base import Method, Outcome, Task
+from qcompile.passes.quantize.methods.sweep import BLOCK, GridRounder, sweep
+
+
+@dataclass(frozen=True)
+class Gptq(Method):
+    """Minimizes the error of the layer's output over the calibration inputs, greedily.
+
+    Attributes:
+        act_order: Whether columns are worked on by falling second moment of their inputs. Groups
+            are those of neighbouring columns nevertheless, with scales chosen beforehand.
+        static_groups: Whether the scales of a group are chosen for the original weights, and not
+            for what they have become when the sweep gets there. `act_order` implies it.
+        damping: Fraction of the mean of the Hessian's diagonal added to the diagonal.
+        weigh_scales: Whether the search for scales weighs the errors of columns by the second
+            moment of their inputs.
+
+    Source: Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative
+    Pre-trained Transformers".
+    """
+
+    act_order: bool = False
+    static_groups: bool = False
+    damping: float = 0.01
+    weigh_scales: bool = True
+
+    statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
+
+    def quantize(self, task: Task) -> Outcome:
+        """Sweeps over the columns; see `sweep`."""
+        found = task.seen.feedback(damping=self.damping, descending=self.act_order, name=task.name)
+        grid = task.grid
+        static = self.static_groups or self.act_order or not grid.group_size
+        importance = task.seen.importance if self.weigh_scales else None
+        rounder = GridRounder(
+            grid, task.weight, task.scale_search, task.name, importance=importance, static=static
+        )
+        sweep(task.weight, found, rounder, block=BLOCK if static else grid.group_size)
+        return Outcome(stored(task, rounder.codes, rounder), found.notes)
+
+
+def stored(task: Task, codes: Tensor, rounder: GridRounder) -> QuantizedWeight:
+    """The tensors of the codes and parameters that a sweep has chosen."""
+    tensors = task.grid.store(codes.contiguous(), rounder.parameters)
+    return QuantizedWeight(task.format, tuple(task.weight.shape), tensors)

@@ -1,0 +1,132 @@
+"""Second-moment matrices made fit for factorization."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.calibration.statistics import Hessian
+from qcompile.errors import ModelError
+
+_ATTEMPTS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """How errors made so far move what the columns after them should become.
+
+    With ``H = (U + I) D (U + I)^T``, U strictly upper triangular and D diagonal, the error
+    ``trace(E H E^T)`` is the sum over columns k of ``D_k |e_k + sum_{i<k} U_ik e_i|^2``.
+
+    Attributes:
+        upper: U in the order of `order`, float32 [K, K].
+        order: The columns in the order in which they are worked on, int64 [K].
+        notes: What the user should know.
+    """
+
+    upper: Tensor
+    order: Tensor
+    notes: tuple[str, ...] = ()
+
+
+class Inputs:
+    """What was seen of the inputs that some weights share; factorizations are made once.
+
+    Args:
+        hessian: Their second moments.
+    """
+
+    def __init__(self, hessian: Hessian) -> None:
+        self.hessian = hessian
+        self._made: dict[tuple[float, bool], Feedback] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def importance(self) -> Tensor:
+        """Second moment of each input, float32 [K]: what an error of its column costs."""
+        return self.hessian.matrix.diagonal().to(torch.float32)
+
+    def feedback(self, *, damping: float, descending: bool, name: str) -> Feedback:
+        """See the function of this name."""
+        with self._lock:
+            key = damping, descending
+            if key not in self._made:
+                self._made[key] = feedback(
+                    self.hessian, damping=damping, descending=descending, name=name
+                )
+            return self._made[key]
+
+    def relative_error(self, weight: Tensor, decoded: Tensor) -> float:
+        """Mean squared error of the layer's output over its mean square, on these inputs.
+
+        Args:
+            weight: float32 [N, K].
+            decoded: What stands for it, float32 [N, K].
+        """
+        matrix = self.hessian.matrix.to(torch.float32)
+
+        def energy(rows: Tensor) -> float:
+            return float((rows @ matrix).mul_(rows).sum(dtype=torch.float64))
+
+        whole = energy(weight)
+        return energy(weight - decoded) / whole if whole > 0 else 0.0
+
+
+def feedback(hessian: Hessian, *, damping: float, descending: bool, name: str) -> Feedback:
+    """Factorizes a damped Hessian, in float64.
+
+    Inputs that were always zero get a diagonal of 1: they neither give nor take errors. If the
+    factorization fails the damping is raised tenfold and the outcome says so.
+
+    Args:
+        hessian: Of the inputs.
+        damping: Fraction of the mean diagonal that is added to the diagonal.
+        descending: Whether columns are worked on by falling diagonal instead of as they stand.
+        name: What messages call the weight.
+
+    Raises:
+        ModelError: There are no statistics, or they cannot be factorized.
+
+    Source: Frantar et al. 2022 (GPTQ), section 3; Chee et al. 2023 (QuIP) for this form.
+    """
+    if not hessian.count:
+        raise ModelError(
+            f"no input of '{name}' was seen during calibration",
+            remedy="use more calibration data, or leave the weight to rounding to nearest",
+        )
+    matrix = hessian.matrix
+    diagonal = matrix.diagonal()
+    notes: list[str] = []
+    dead = diagonal == 0
+    if bool(dead.any()):
+        notes.append(f"{int(dead.sum())} of {len(dead)} inputs were always zero")
+        diagonal[dead] = 1.0
+    order = torch.arange(len(matrix))
+    if descending:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        matrix = matrix[order][:, order]
+    level = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
+    factor, used = _factorize(matrix, level, damping, name)
+    if used != damping:
+        notes.append(f"damping raised from {damping:g} to {used:g}: its inputs are dependent")
+    upper = factor.div_(factor.diagonal().clone()).fill_diagonal_(0.0)
+    return Feedback(upper.to(torch.float32), order, tuple(notes))
+
+
+def _factorize(matrix: Tensor, level: float, damping: float, name: str) -> tuple[Tensor, float]:
+    """R upper triangular with R R^T the damped matrix, and the damping that it took."""
+    for _ in range(_ATTEMPTS):
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * level)
+        # Reversing rows and columns makes the lower factor of a matrix an upper one.
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed and bool(lower.isfinite().all()):
+            return lower.flip(0, 1), damping
+        damping = damping * 10 if damping else 1e-6
+    raise ModelError(
+        f"the inputs of '{name}' cannot be factorized, even with a damping of {damping:g}",
+        remedy="look at the model in float32: some of its activations are far out of range",
+    )

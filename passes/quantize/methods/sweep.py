@@ -1,0 +1,131 @@
+"""The error-compensating sweep: columns are rounded one by one, and later ones make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch
+from qcompile.kernels.quantize.groups import group_count
+from qcompile.passes.quantize.methods.hessian import Feedback
+
+BLOCK = 128
+"""Columns whose errors reach the columns after them by one matrix product."""
+
+
+class Rounder(Protocol):
+    """What a sweep asks of whoever rounds."""
+
+    def begin(self, columns: Sequence[int], targets: Tensor) -> None:
+        """Tells what a block of columns, [columns, N], should become as far as is known."""
+
+    def round(self, column: int, target: Tensor) -> Tensor:
+        """Rounds a column, [N, 1]; returns what will be decoded."""
+
+
+def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = BLOCK) -> Tensor:
+    """Rounds a weight column by column so that the layer's output changes least.
+
+    Each column's target is its weight plus what the errors of the columns before it ask for. This
+    is LDLQ; GPTQ computes the same numbers from the inverse of the Hessian.
+
+    Args:
+        weight: float32 [N, K].
+        feedback: From the Hessian of the inputs; its order is that of the columns.
+        rounder: Rounds columns; it is told original column numbers.
+        block: Columns per block; rounding, not results, depends on it.
+
+    Returns:
+        The errors, weight - decoded, float32 [N, K].
+
+    Source: Chee et al. 2023 (QuIP), section 3, equation 2; Frantar et al. 2022 for the blocks.
+    """
+    order: list[int] = feedback.order.tolist()
+    upper = feedback.upper
+    exact = weight.T[feedback.order].contiguous()
+    errors = torch.empty_like(exact)
+    for start in range(0, len(order), block):
+        stop = min(start + block, len(order))
+        targets = exact[start:stop].addmm(upper[:start, start:stop].T, errors[:start])
+        rounder.begin(order[start:stop], targets)
+        for column in range(start, stop):
+            target = targets[column - start]
+            if column > start:
+                target = target.addmv(errors[start:column].T, upper[start:column, column])
+            decoded = rounder.round(order[column], target.unsqueeze(-1)).squeeze(-1)
+            torch.sub(exact[column], decoded, out=errors[column])
+    result = torch.empty_like(weight)
+    result[:, feedback.order] = errors.T
+    return result
+
+
+class GridRounder:
+    """Rounds columns to a scalar grid and remembers codes and parameters.
+
+    Args:
+        grid: Bound to the weight.
+        weight: float32 [N, K].
+        search: How scales are chosen.
+        name: What messages call the weight.
+        importance: Factors on the errors of columns in the search for scales, [K]; or None.
+        static: Whether parameters are those of the weight as it is given. Otherwise those of a
+            group are chosen when the sweep gets there, for what its columns have become; blocks
+            must then be groups, in order.
+
+    Attributes:
+        codes: uint8 [N, K].
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        weight: Tensor,
+        search: ScaleSearch,
+        name: str,
+        *,
+        importance: Tensor | None = None,
+        static: bool = True,
+    ) -> None:
+        self._grid = grid
+        self._search: ScaleSearch = search
+        self._name = name
+        self._importance = importance
+        self._static = static
+        self._size = grid.group_size or weight.shape[1]
+        self.codes = torch.empty(weight.shape[::-1], dtype=torch.uint8).T
+        self._groups: list[GroupParameters | None] = [None] * group_count(
+            weight.shape[1], self._size
+        )
+        if static:
+            for group in range(len(self._groups)):
+                self._fit(group, weight[:, group * self._size : (group + 1) * self._size])
+
+    @property
+    def parameters(self) -> GroupParameters:
+        """Of all groups, [N, G]."""
+        return GroupParameters.join(group for group in self._groups if group is not None)
+
+    def begin(self, columns: Sequence[int], targets: Tensor) -> None:
+        """Chooses the parameters of a group, unless they are static."""
+        if not self._static:
+            self._fit(columns[0] // self._size, targets.T)
+
+    def round(self, column: int, target: Tensor) -> Tensor:
+        """The nearest storable values; see `Rounder.round`."""
+        parameters = self._groups[column // self._size]
+        assert parameters is not None
+        codes = self._grid.nearest(target, parameters)
+        self.codes[:, column : column + 1] = codes
+        return self._grid.decode(codes, parameters)
+
+    def _fit(self, group: int, weights: Tensor) -> None:
+        start = group * self._size
+        importance = self._importance
+        if importance is not None:
+            importance = importance[start : start + weights.shape[1]]
+        self._groups[group] = self._grid.fit(
+            weights.contiguous(), self._search, name=self._name, importance=importance
+        )
