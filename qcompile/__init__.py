@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qcompile.inspection import inspect
     from qcompile.ir.program import Program
     from qcompile.legality import preflight
+    from qcompile.parity import Parity, parity
     from qcompile.passes.infra import Pass, run_passes
     from qcompile.passes.rule import Rule
     from qcompile.passes.transform.randomize_sites import randomize_sites
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Artifact",
     "Evaluation",
+    "Parity",
     "Pass",
     "Program",
     "QCompileError",
@@ -50,6 +52,7 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "parity",
     "preflight",
     "randomize_sites",
     "run_passes",
@@ -58,6 +61,7 @@ __all__ = [
 _HOMES = {
     "Artifact": "qcompile.artifact",
     "Evaluation": "qcompile.evaluation.evaluate",
+    "Parity": "qcompile.parity",
     "Pass": "qcompile.passes.infra",
     "Program": "qcompile.ir.program",
     "Recipe": "qcompile.recipe",
@@ -71,6 +75,7 @@ _HOMES = {
     "inspect": "qcompile.inspection",
     "load": "qcompile.artifact",
     "load_recipe": "qcompile.recipe",
+    "parity": "qcompile.parity",
     "preflight": "qcompile.legality",
     "randomize_sites": "qcompile.passes.transform.randomize_sites",
     "run_passes": "qcompile.passes.infra",

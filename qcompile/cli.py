@@ -1,4 +1,5 @@
-"""The command line: ``qcompile compile``, ``run``, ``inspect``, ``check``, ``eval``, ``recipes``.
+"""The command line: ``qcompile compile``, ``run``, ``inspect``, ``check``, ``parity``, ``eval`` and
+``recipes``.
 
 Commands parse their arguments, call the public function of the same name and print what it
 returns. torch is imported inside commands, so that ``--help`` answers at once.
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qcompile import cli_inspect
+from qcompile import cli_inspect, cli_parity
 from qcompile.cli_options import (
     DequantizeFlag,
     JsonFlag,
     ModelArgument,
+    QuietFlag,
     RecipeOption,
     SettingsOption,
     TargetOption,
+    ThreadsOption,
 )
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.recipe import (
@@ -48,11 +51,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Threads to use; default: one per core.")
-]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,6 +224,7 @@ def run(
 
 
 cli_inspect.register(app)
+cli_parity.register(app)
 
 
 @app.command(

@@ -16,8 +16,15 @@ ModelArgument = Annotated[
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")
 ]
-TargetOption = Annotated[str, typer.Option("--target", "-t", help="What will run it.")]
+TargetOption = Annotated[
+    str,
+    typer.Option("--target", "-t", help="What will run it; options as in onnx:opset=23:batch=1."),
+]
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Set an option; repeatable."),
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Threads to use; default: one per core.")
 ]

@@ -264,11 +264,12 @@ def _evaluable(model: object, dequantize: bool) -> tuple[object, object | None]:
         else:
             model = capture(os.fspath(model), dequantize=dequantize)
     if isinstance(model, Program):
-        return model, _tokenizer(model)
+        return model, tokenizer_of(model)
     return model, getattr(model, "tokenizer", None)
 
 
-def _tokenizer(program: Program) -> Tokenizer | None:
+def tokenizer_of(program: Program) -> Tokenizer | None:
+    """The tokenizer that came with a model, or None."""
     assets = program.provenance.assets
     if TOKENIZER_NAME not in assets:
         return None

@@ -1,0 +1,323 @@
+"""One quantized program on every target: how far is each from the program itself?"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qcompile import compiler
+from qcompile.artifact import RUNNABLE_TARGETS, Artifact, load
+from qcompile.backends.base import Target
+from qcompile.backends.registry import get_target, target_names
+from qcompile.calibration.data import load_text, windows
+from qcompile.errors import DataError, MissingExtraError, QCompileError
+from qcompile.evaluation.divergence import Divergence
+from qcompile.evaluation.models import tokenize
+from qcompile.ir.interpreter import Interpreter
+from qcompile.ir.program import Program
+from qcompile.ir.types import Role
+from qcompile.legality import preflight
+from qcompile.passes.infra import Context, PassManager
+from qcompile.pipeline import front_phases, recipe_phases
+from qcompile.progress import NullProgress, Progress
+from qcompile.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from qcompile.report import CompileReport
+
+SCHEMA_VERSION = 1
+"""Of `Parity.to_dict`."""
+
+
+@dataclass(frozen=True)
+class TargetParity:
+    """What one target makes of the program.
+
+    Attributes:
+        target: Its name.
+        reason: Why there are no figures: what pre-flight refuses, or what is missing here; empty
+            if it ran.
+        run_by: What ran the artifact here.
+        max_error: Largest |difference| of an output.
+        mean_error: Mean |difference|.
+        relative_error: `max_error` over the largest |output| of the program.
+        kl: Mean KL(program || target) per position, in nats; None without logits.
+        top1_agreement: Fraction of positions where both rank the same token first; None without
+            logits.
+        bytes: Size of the artifact on disk.
+        seconds: Wall-clock time to run all samples, without loading.
+    """
+
+    target: str
+    reason: str = ""
+    run_by: str | None = None
+    max_error: float | None = None
+    mean_error: float | None = None
+    relative_error: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The targets side by side.
+
+    Attributes:
+        model: Name of the model.
+        recipe: Name of the recipe.
+        positions: How many positions (or, without logits, samples) were compared.
+        targets: One entry per target, in the order that was asked for.
+    """
+
+    model: str
+    recipe: str
+    positions: int
+    targets: tuple[TargetParity, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON document; its keys stay as they are within a `SCHEMA_VERSION`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": self.model,
+            "recipe": self.recipe,
+            "positions": self.positions,
+            "targets": [asdict(target) for target in self.targets],
+        }
+
+
+def parity(
+    model: compiler.Model,
+    recipe: str | Path | Mapping[str, object] | Recipe = DEFAULT_RECIPE,
+    targets: Sequence[str | Target] = target_names(),
+    *,
+    example_inputs: Any = None,
+    overrides: Mapping[str, object] | None = None,
+    text: str | os.PathLike[str] | None = None,
+    window: int = 64,
+    max_tokens: int = 256,
+    dequantize: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Compares what targets compute with the program that they were all lowered from.
+
+    The recipe runs once. The program that it makes is interpreted, which is the reference; and it
+    is lowered to every target, written to a temporary directory, loaded and run on the same
+    inputs.
+
+    Args:
+        model: As for `qcompile.compile`.
+        recipe: As for `qcompile.compile`.
+        targets: Targets, or their names and options.
+        example_inputs: For a plain module, inputs to trace it with and to compare on.
+        overrides: Options to set on top of the recipe.
+        text: For language models, a UTF-8 file to compare on; the standard library's help text by
+            default. Without a tokenizer the tokens are drawn at random.
+        window: Tokens per window; windows are run independently.
+        max_tokens: Use no more of the text than this.
+        dequantize: Whether an already quantized checkpoint may be read as floats.
+        threads: Threads to run artifacts with.
+        progress: Told what is going on.
+
+    Raises:
+        QCompileError: If the model, the recipe or the text cannot be used. What a *target* cannot
+            do is part of the result.
+    """
+    resolved = load_recipe(recipe, overrides)
+    backends = [get_target(target) if isinstance(target, str) else target for target in targets]
+    progress = progress or NullProgress()
+    context = Context(progress)
+    progress.stage("capture")
+    program = compiler.open_model(model, example_inputs, dequantize)
+    program, _ = PassManager(front_phases()).run(program, context)
+    samples = _samples(program, example_inputs, text, window, max_tokens)
+    refusals = [_refusal(program, resolved, backend) for backend in backends]
+    program, _ = PassManager(recipe_phases(resolved)).run(program, context)
+    progress.stage("interpret")
+    reference = _Reference(program, samples)
+    rows = []
+    for backend, refusal in zip(backends, refusals, strict=True):
+        if refusal:
+            rows.append(TargetParity(backend.name, refusal))
+        else:
+            rows.append(_compare(program, resolved, backend, reference, context, threads))
+    progress.done()
+    return Parity(program.provenance.name, resolved.name, reference.positions, tuple(rows))
+
+
+Sample = dict[str, npt.NDArray[Any]]
+"""What `Artifact.forward` or `Artifact.run` takes, by name."""
+
+
+class _Reference:
+    """What the interpreted program computes on some samples."""
+
+    def __init__(self, program: Program, samples: Sequence[Sample]) -> None:
+        ports = [port.role for port in program.signature.outputs]
+        self.has_logits = Role.LOGITS in ports
+        self.samples = samples
+        self.outputs: list[torch.Tensor] = []
+        interpreter = Interpreter(program, cache={})
+        for sample in samples:
+            tensors = {name: torch.from_numpy(value) for name, value in sample.items()}
+            if self.has_logits:
+                found = interpreter.run(*program.bind(tensors["input_ids"]))
+                self.outputs.append(found[ports.index(Role.LOGITS)])
+            else:
+                self.outputs.append(interpreter.run(*tensors.values())[0])
+
+    @property
+    def positions(self) -> int:
+        """Rows of the logits, or of the first output."""
+        return sum(len(_rows(output)) for output in self.outputs)
+
+
+def _compare(
+    program: Program,
+    recipe: Recipe,
+    target: Target,
+    reference: _Reference,
+    context: Context,
+    threads: int | None,
+) -> TargetParity:
+    context.progress.stage(f"run on {target.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "artifact"
+        try:
+            compiler.write_artifact(program, recipe, target, path, context, CompileReport())
+            if target.name not in RUNNABLE_TARGETS:
+                return TargetParity(target.name, "its own runtime runs it", bytes=_size(path))
+            artifact = load(path, verify=False, threads=threads)
+            return _measure(target.name, artifact, reference)
+        except MissingExtraError as missing:
+            return TargetParity(target.name, f"{missing.message}: {missing.remedy}")
+        except QCompileError as error:
+            return TargetParity(target.name, error.message)
+
+
+def _measure(name: str, artifact: Artifact, reference: _Reference) -> TargetParity:
+    divergence = Divergence()
+    largest = total = scale = seconds = 0.0
+    count = 0
+    for sample, expected in zip(reference.samples, reference.outputs, strict=True):
+        started = time.perf_counter()
+        found = torch.from_numpy(_run(artifact, sample, has_logits=reference.has_logits))
+        seconds += time.perf_counter() - started
+        difference = (found.double() - expected.double()).abs()
+        largest = max(largest, float(difference.max()))
+        scale = max(scale, float(expected.abs().max()))
+        total += float(difference.sum())
+        count += difference.numel()
+        if reference.has_logits:
+            wanted, given = (_log_probabilities(x) for x in (expected, found))
+            divergence.add(wanted, given)
+    return TargetParity(
+        name,
+        run_by=_runner(name),
+        max_error=largest,
+        mean_error=total / count,
+        relative_error=largest / scale if scale else largest,
+        kl=divergence.kl if reference.has_logits else None,
+        top1_agreement=divergence.top1_agreement if reference.has_logits else None,
+        bytes=_size(artifact.path),
+        seconds=seconds,
+    )
+
+
+def _run(artifact: Artifact, sample: Sample, *, has_logits: bool) -> npt.NDArray[Any]:
+    if has_logits:
+        return artifact.forward(sample["input_ids"])
+    return next(iter(artifact.run(sample).values()))
+
+
+def _runner(target: str) -> str:
+    """What runs a target's artifacts on this machine."""
+    if target != "cuda":
+        return "ONNX Runtime"
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter, no GPU here"
+    return "reference operators on the CPU, no GPU here"
+
+
+def _rows(output: torch.Tensor) -> torch.Tensor:
+    return output.reshape(-1, output.shape[-1]) if output.dim() > 1 else output.reshape(-1, 1)
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(_rows(logits).float(), dim=-1)
+
+
+def _refusal(program: Program, recipe: Recipe, target: Target) -> str:
+    """What pre-flight has against a target, in one line; empty if nothing."""
+    findings = preflight(program, recipe, target).findings
+    if not findings:
+        return ""
+    more = f" (and {len(findings) - 1} more)" if len(findings) > 1 else ""
+    return f"{findings[0]}{more}"
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+# --- What is compared on ---------------------------------------------------------------------
+
+
+def _samples(
+    program: Program,
+    example_inputs: Any,
+    text: str | os.PathLike[str] | None,
+    window: int,
+    max_tokens: int,
+) -> list[Sample]:
+    if program.signature.has(Role.INPUT_IDS) and program.signature.has(Role.LOGITS):
+        tokens = _tokens(program, text, max_tokens)
+        return [{"input_ids": row[None]} for row in windows(tokens, window, max_tokens)]
+    if example_inputs is None:
+        raise DataError(
+            f"'{program.provenance.name}' is no language model: nothing to compare it on",
+            remedy="pass example_inputs",
+        )
+    names = [port.name for port in program.signature.inputs]
+    bound = _bind(program, example_inputs)
+    return [{name: value.numpy() for name, value in zip(names, bound, strict=True)}]
+
+
+def _tokens(
+    program: Program, text: str | os.PathLike[str] | None, max_tokens: int
+) -> Sequence[int] | npt.NDArray[np.int64]:
+    tokenizer = compiler.tokenizer_of(program)
+    if tokenizer is not None:
+        return tokenize(tokenizer, load_text(text))
+    if text is not None:
+        raise DataError(
+            f"'{program.provenance.name}' has no tokenizer to read '{text}' with",
+            remedy="leave the text out: tokens are drawn at random then",
+        )
+    logits = next(
+        node
+        for node, port in zip(program.results, program.signature.outputs, strict=True)
+        if port.role is Role.LOGITS
+    )
+    vocabulary = int(logits.meta["val"].shape[-1])
+    return np.random.default_rng(0).integers(0, vocabulary, max_tokens)
+
+
+def _bind(program: Program, example_inputs: Any) -> list[torch.Tensor]:
+    """One tensor per input, from what a module was traced with."""
+    if isinstance(example_inputs, Mapping):
+        return program.bind(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return program.bind(*example_inputs)
+    return program.bind(example_inputs)
