@@ -11,8 +11,9 @@
 namespace qcompile::cpu {
 namespace {
 
-// How far ahead of the codes in use the next ones are asked for, in bytes.
-constexpr int64_t kPrefetch = 2048;
+// How far ahead of the codes in use the next ones are asked for, in bytes. Far enough to run into
+// the column blocks that follow: short rows of codes would else begin with a wait for memory.
+constexpr int64_t kPrefetch = 12288;
 
 template <int kBits>
 constexpr int64_t kUnitBytes = kColumns * kBits;
@@ -169,17 +170,10 @@ inline void LinearInt8Columns(const LinearTile& t, int64_t block) {
 struct LinearInt8Kernel {
   template <int kBits>
   static void Run(const LinearTile& t) {
-    // Few rows are bound by memory: several column blocks, hence several streams, at a time.
-    const int64_t rows = t.row_end - t.row_begin;
-    const int64_t wide = rows == 1 ? kWideBlocks : kRowBlocks;
+    // One row is bound by memory, which is read fastest as a single stream.
     int64_t block = t.block_begin;
-    if constexpr (kWideBlocks >= 4) {
-      for (; wide >= 4 && block + 4 <= t.block_end; block += 4) {
-        LinearInt8Block<kBits, 1, 4>(t, t.row_begin, 1, block);
-      }
-    }
-    if constexpr (kWideBlocks >= 2) {
-      for (; wide >= 2 && block + 2 <= t.block_end; block += 2) {
+    if constexpr (kRowBlocks >= 2) {
+      for (; t.row_end - t.row_begin > 1 && block + 2 <= t.block_end; block += 2) {
         LinearInt8Columns<kBits, 2>(t, block);
       }
     }

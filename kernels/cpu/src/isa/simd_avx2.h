@@ -24,7 +24,6 @@ struct Bytes {
 
 // Sixteen registers: four rows of two-register sums, codes and constants just fit.
 constexpr int kLinearRows = 4;
-constexpr int kWideBlocks = 2;
 constexpr int kRowBlocks = 1;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 2;  // most outputs that have two sums each
 constexpr int kGemmRows = 4;

@@ -23,7 +23,6 @@ struct Bytes {
 };
 
 constexpr int kLinearRows = 8;      // rows that share a pass over the weights
-constexpr int kWideBlocks = 4;      // column blocks in flight for a single row
 constexpr int kRowBlocks = 2;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 4;  // most outputs that have two sums each
 constexpr int kGemmRows = 8;        // rows of the float micro kernel

@@ -29,7 +29,6 @@ struct Bytes {
 };
 
 constexpr int kLinearRows = 4;      // rows that share a pass over the weights
-constexpr int kWideBlocks = 1;      // column blocks in flight for a single row
 constexpr int kRowBlocks = 1;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 1;  // most outputs that have two sums each
 constexpr int kGemmRows = 4;        // rows of the float micro kernel
