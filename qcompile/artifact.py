@@ -129,7 +129,7 @@ class Artifact:
             return {}
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         return report if isinstance(report, dict) else {}
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from qcompile.backends.base import Packed, Target
 from qcompile.errors import ModelError
 from qcompile.ir.program import Program
@@ -80,7 +82,7 @@ def generation_info(provenance: Provenance) -> GenerationInfo:
     """Special tokens and the longest context, from the model's generation settings or its config.
 
     Raises:
-        ModelError: If the settings are not valid JSON.
+        ModelError: If the settings are not valid JSON, or hold something else than token ids.
     """
     settings = _generation_settings(provenance)
     config = provenance.config
@@ -89,20 +91,28 @@ def generation_info(provenance: Provenance) -> GenerationInfo:
         value = settings.get(name)
         return config.get(name) if value is None else value
 
-    eos = setting("eos_token_id")
     pad = setting("pad_token_id")
-    return GenerationInfo(
-        eos_token_ids=_ids(eos),
-        bos_token_id=setting("bos_token_id"),
-        pad_token_id=pad if pad is None or pad >= 0 else None,
-        max_context=config.get("max_position_embeddings"),
-    )
+    try:
+        return GenerationInfo(
+            eos_token_ids=_ids(setting("eos_token_id")),
+            bos_token_id=setting("bos_token_id"),
+            pad_token_id=None if isinstance(pad, int) and pad < 0 else pad,
+            max_context=config.get("max_position_embeddings"),
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ModelError(
+            f"the generation settings of '{provenance.source}' cannot be used: "
+            f"{first['loc'][0]}: {first['msg']}",
+            remedy="mend generation_config.json or config.json, or fetch the model again",
+        ) from error
 
 
-def _ids(value: int | Sequence[int] | None) -> tuple[int, ...]:
+def _ids(value: Any) -> tuple[Any, ...]:
+    """One token id or several, as either file may have them."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, Sequence) else (value,)
 
 
 def _generation_settings(provenance: Provenance) -> Mapping[str, Any]:
@@ -111,7 +121,7 @@ def _generation_settings(provenance: Provenance) -> Mapping[str, Any]:
         return {}
     try:
         settings = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(
             f"generation_config.json of '{provenance.source}' is not valid JSON: {error}"
         ) from error

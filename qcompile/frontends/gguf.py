@@ -21,7 +21,8 @@ from torch import Tensor
 
 from qcompile.errors import MissingExtraError, ModelError
 from qcompile.frontends.checkpoint import fingerprint_files
-from qcompile.frontends.gguf_config import ROPE_FACTORS, build_config, library_failures
+from qcompile.frontends.config import library_failures
+from qcompile.frontends.gguf_config import ROPE_FACTORS, build_config
 from qcompile.frontends.gguf_header import GgufTensor, read_header
 from qcompile.frontends.gguf_layout import Layout, check_decodable, decode, layout_of
 from qcompile.ir.weights import TensorSpec

@@ -7,7 +7,6 @@ it: sizes that the tensors prove, biases, and the scaling of rotary frequencies.
 from __future__ import annotations
 
 import logging
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.errors import ModelError
+from qcompile.frontends.config import library_failures
 from qcompile.frontends.gguf_header import GgufHeader, GgufTensor
 
 if TYPE_CHECKING:
@@ -66,24 +66,6 @@ def build_config(
     _add_rope_scaling(config, header, architecture)
     _add_rope_factors(config, header, decode)
     return config
-
-
-def library_failures() -> tuple[type[Exception], ...]:
-    """What transformers and gguf raise on metadata that they do not expect."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    return (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        OSError,
-        RuntimeError,
-        ImportError,
-        struct.error,
-        StrictDataclassError,
-    )
 
 
 def _read_by_transformers(header: GgufHeader, architecture: str) -> PreTrainedConfig:

@@ -19,9 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from qcompile.errors import MissingExtraError, ModelError
+from qcompile.errors import ModelError
 from qcompile.frontends.checkpoint import open_checkpoint
 from qcompile.frontends.checkpoint_names import define_weights
+from qcompile.frontends.config import (
+    check_config_file,
+    import_transformers,
+    library_failures,
+    load_config,
+)
 from qcompile.frontends.quantized import dequantized_source
 from qcompile.frontends.symbolic_trace import SymbolicTracer, Trace
 from qcompile.frontends.torch_export import QUIETABLE, evaluation_mode
@@ -66,9 +72,10 @@ def capture_directory(path: Path, *, dequantize: bool = False) -> Program:
     Raises:
         ModelError: If something is missing, damaged or not supported; says what.
     """
-    config = load_config(path)
-    source: TensorSource = open_checkpoint(path)
-    source = dequantized_source(source, config.to_dict(), allow=dequantize)
+    check_config_file(path)
+    checkpoint = open_checkpoint(path)
+    config = load_config(path, tensors=len(checkpoint.specs()))
+    source = dequantized_source(checkpoint, config.to_dict(), allow=dequantize)
     assets = {name: (path / name).read_bytes() for name in ASSETS if (path / name).is_file()}
     return capture_shell(build_shell(config), source, name=path.name, assets=assets)
 
@@ -86,41 +93,6 @@ def capture_model(model: PreTrainedModel) -> Program:
     source = MemorySource(tensors, identity=type(model).__name__)
     shell = build_shell(model.config, type(model))
     return capture_shell(shell, source, name=type(model).__name__, assets={})
-
-
-def load_config(path: Path) -> PretrainedConfig:
-    """Reads ``config.json`` with transformers.
-
-    Raises:
-        MissingExtraError: If transformers is not installed.
-        ModelError: If there is no config, or its model type is unknown.
-    """
-    transformers = import_transformers()
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"'{path}' has no config.json",
-            remedy="pass a Hugging Face model directory, a hub id, or a .gguf file",
-        )
-    try:
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(path)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"'{path / 'config.json'}' cannot be used: {error}") from error
-    return config
-
-
-def import_transformers() -> Any:
-    """The transformers package.
-
-    Raises:
-        MissingExtraError: If it is not installed.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError(
-            "transformers", extra="hf", purpose="read Hugging Face models"
-        ) from error
-    return transformers
 
 
 @dataclass(frozen=True)
@@ -145,16 +117,18 @@ def build_shell(
         config: Its configuration.
         model_class: Its class; by default the one that the configuration names, or else the
             causal language model for its type.
+
+    Raises:
+        ModelError: If transformers cannot build a model from it.
     """
-    transformers = import_transformers()
-    if model_class is None:
-        names = getattr(config, "architectures", None) or []
-        model_class = next((c for n in names if (c := getattr(transformers, n, None))), None)
-    with _parameters_on_meta():
-        if model_class is not None:
-            model = model_class._from_config(config, dtype=torch.float32)
-        else:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        model = _construct(config, model_class)
+    except library_failures() as error:
+        raise ModelError(
+            f"transformers cannot build a model from the configuration of "
+            f"'{config.name_or_path or config.model_type}': {error}",
+            remedy="check config.json, or fetch the model again",
+        ) from error
     persistent = set(model.state_dict(keep_vars=True))
     buffers = {}
     for prefix, module in model.named_modules():
@@ -165,6 +139,21 @@ def build_shell(
                     buffers[qualified] = buffer.detach()
                 module._buffers[name] = buffer.to("meta")
     return Shell(model.eval(), buffers)
+
+
+def _construct(
+    config: PretrainedConfig, model_class: type[PreTrainedModel] | None
+) -> PreTrainedModel:
+    transformers = import_transformers()
+    if model_class is None:
+        names = getattr(config, "architectures", None) or []
+        model_class = next((c for n in names if (c := getattr(transformers, n, None))), None)
+    make = transformers.AutoModelForCausalLM.from_config
+    if model_class is not None:
+        make = model_class._from_config
+    with _parameters_on_meta():
+        model: PreTrainedModel = make(config, dtype=torch.float32)
+    return model
 
 
 def capture_shell(

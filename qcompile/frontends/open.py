@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import ModelError
+from qcompile.frontends.config import import_transformers
 from qcompile.frontends.gguf import GgufModel
 from qcompile.frontends.huggingface import (
     ASSETS,
     build_shell,
     capture_directory,
     capture_shell,
-    import_transformers,
 )
 from qcompile.ir.program import Program
 from qcompile.ir.weights import TensorSpec
