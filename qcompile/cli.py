@@ -17,6 +17,7 @@ import typer
 
 from qcompile import cli_inspect, cli_parity
 from qcompile.cli_options import (
+    CheckOption,
     DequantizeFlag,
     JsonFlag,
     ModelArgument,
@@ -62,11 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, that of the `QCompileError`, 2 for wrong usage, 130 after Ctrl-C.
     """
-    from qcompile import console
-
-    console.prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
+        from qcompile import console
+
+        console.prepare_streams()
         code = app(args=arguments, prog_name="qcompile", standalone_mode=False)
         sys.stdout.flush()
     except QCompileError as error:
@@ -130,6 +131,7 @@ def compile_command(
         bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
     ] = False,
     dequantize: DequantizeFlag = False,
+    check: CheckOption = "full",
     threads: ThreadsOption = None,
     json_: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -148,6 +150,7 @@ def compile_command(
             overwrite=overwrite,
             threads=threads,
             dequantize=dequantize,
+            check=check,
             progress=progress,
         )
     if json_:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,6 +23,14 @@ TargetOption = Annotated[
 SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Set an option; repeatable."),
+]
+CheckOption = Annotated[
+    Literal["full", "local", "off"],  # CHECK_LEVELS, without importing torch
+    typer.Option(
+        "--check",
+        help="How passes are held to what they promise: each change and whole programs, each "
+        "change only, or structure only.",
+    ),
 ]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 ThreadsOption = Annotated[

@@ -11,15 +11,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from qcompile import errors
 from qcompile.cli import main
+from qcompile.cli_options import CheckOption
 from qcompile.generation import Completion
 from qcompile.manifest import FileInfo, Manifest, ModelInfo, Signature
+from qcompile.passes.equivalence import CHECK_LEVELS
 from qcompile.recipe import load_recipe, recipe_names
 
 COMMANDS = ("compile", "run", "eval", "recipes")
@@ -148,6 +150,12 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "qcompile", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("qcompile ")
+
+
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     import qcompile
 
@@ -218,6 +226,7 @@ def test_recipes_make_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_compile_passes_every_option_on(compiled: dict[str, Any]) -> None:
     plain = ["-r", "w8-rtn", "-t", "cpu", "--threads", "2", "--overwrite", "--dequantize"]
+    plain += ["--check", "local"]
     settings = ["--set", "a.b=int8", "--set", "a.c=[x]"]
     assert main(["compile", "dir", "-o", "out", *plain, *settings]) == 0
     compiled.pop("progress")
@@ -229,8 +238,18 @@ def test_compile_passes_every_option_on(compiled: dict[str, Any]) -> None:
         "threads": 2,
         "overwrite": True,
         "dequantize": True,
+        "check": "local",
         "overrides": {"a.b": "int8", "a.c": ["x"]},
     }
+
+
+def test_checks_are_those_of_the_compiler() -> None:
+    assert get_args(get_args(CheckOption)[0]) == CHECK_LEVELS
+
+
+def test_unknown_check_is_told_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compile", "dir", "--check", "fully"]) == 2
+    assert "'full', 'local', 'off'" in capsys.readouterr().err
 
 
 def test_compile_prints_what_came_out(

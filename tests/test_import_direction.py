@@ -32,8 +32,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "manifest atomic_directory text generation",
         "backends",
         "recipe recipe_schema recipe_yaml artifact evaluation report packaging pipeline compiler "
-        "planning estimates legality parity inspection inspection_records artifact_inspection",
-        "cli cli_inspect cli_parity cli_options console conversation tables inspection_tables",
+        "planning estimates legality inspection inspection_records artifact_inspection",
+        "__main__ cli cli_inspect cli_parity cli_options console conversation tables "
+        "inspection_tables",
     )
 )
 """Entries of the package from the bottom to the top; a module imports its own layer or lower."""
