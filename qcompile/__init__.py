@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from qcompile.backends.base import Target
     from qcompile.compiler import capture, compile, evaluate
     from qcompile.evaluation.evaluate import Evaluation
+    from qcompile.evaluation.parity import Parity, parity
     from qcompile.inspection import inspect
     from qcompile.ir.program import Program
     from qcompile.legality import preflight
-    from qcompile.parity import Parity, parity
     from qcompile.passes.infra import Pass, run_passes
     from qcompile.passes.rule import Rule
     from qcompile.passes.transform.randomize_sites import randomize_sites
@@ -61,7 +61,7 @@ __all__ = [
 _HOMES = {
     "Artifact": "qcompile.artifact",
     "Evaluation": "qcompile.evaluation.evaluate",
-    "Parity": "qcompile.parity",
+    "Parity": "qcompile.evaluation.parity",
     "Pass": "qcompile.passes.infra",
     "Program": "qcompile.ir.program",
     "Recipe": "qcompile.recipe",
@@ -75,7 +75,7 @@ _HOMES = {
     "inspect": "qcompile.inspection",
     "load": "qcompile.artifact",
     "load_recipe": "qcompile.recipe",
-    "parity": "qcompile.parity",
+    "parity": "qcompile.evaluation.parity",
     "preflight": "qcompile.legality",
     "randomize_sites": "qcompile.passes.transform.randomize_sites",
     "run_passes": "qcompile.passes.infra",

@@ -20,7 +20,7 @@ from qcompile.cli_options import (
 from qcompile.recipe import DEFAULT_RECIPE, parse_setting
 
 if TYPE_CHECKING:
-    from qcompile.parity import Parity, TargetParity
+    from qcompile.evaluation.parity import Parity, TargetParity
     from qcompile.tables import Table
 
 
@@ -56,7 +56,7 @@ def parity_command(
     """
     overrides = dict(parse_setting(setting) for setting in settings or [])
     from qcompile import console
-    from qcompile.parity import parity
+    from qcompile.evaluation.parity import parity
 
     with console.show_progress(quiet=quiet) as progress:
         result = parity(
