@@ -9,9 +9,15 @@ from qcompile.passes.infra import Pass, Phase
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_ops import raise_phase
+from qcompile.passes.transform.centre_norms import CentreNorms
+from qcompile.passes.transform.fold_norm_gain import FoldNormGain
+from qcompile.passes.transform.fuse_transforms import FuseTransforms
+from qcompile.passes.transform.rotate import Rotate
 from qcompile.recipe import Recipe, StepOptions
+from qcompile.recipe_schema import TRANSFORM_STEPS
 
 PASSES: Mapping[str, Callable[..., Pass]] = {
+    "rotate": Rotate,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
 }
@@ -25,8 +31,17 @@ def front_phases() -> tuple[Phase, ...]:
 
 def recipe_phases(recipe: Recipe) -> tuple[Phase, ...]:
     """The steps of a recipe, each a phase of its own."""
-    return tuple(Phase(step.name, (_make(step.name, step.options),)) for step in recipe.steps)
+    return tuple(Phase(step.name, _make(step.name, step.options)) for step in recipe.steps)
 
 
-def _make(name: str, options: StepOptions) -> Pass:
+def _make(name: str, options: StepOptions) -> tuple[Pass, ...]:
+    """The passes of a step: transforms find bare norms, and what they leave is fused."""
+    made = make_pass(name, options)
+    if name not in TRANSFORM_STEPS:
+        return (made,)
+    return (FoldNormGain(), CentreNorms(), made, FuseTransforms())
+
+
+def make_pass(name: str, options: StepOptions) -> Pass:
+    """The pass behind a step."""
     return PASSES[name](**{key: getattr(options, key) for key in type(options).model_fields})

@@ -126,23 +126,55 @@ class QuantizeWeights(StepOptions):
 class QuantizeActivations(StepOptions):
     """Step ``quantize_activations``: inputs of linears with quantized weights become codes.
 
-    Scales are dynamic: they are computed from each input as it comes.
-
     Attributes:
-        format: Format of the codes; symmetric ``"int8"``.
-        granularity: One scale per ``"token"``, or per token and ``"group"`` of the weight.
+        format: Format of the codes, symmetric.
+        granularity: One scale per ``"token"``, or per token and ``"group"`` of the weight, computed
+            from each input as it comes; or static ones, from calibration data, one per ``"tensor"``
+            or per ``"channel"``.
+        ranges: What static scales per tensor span: all that calibration saw, a percentile of it, or
+            what loses least when rounded.
+        percentile: The fraction of values that ``"percentile"`` does not clip.
         ignore: Patterns on names of weights whose inputs stay float.
     """
 
-    format: Literal["int8"] = "int8"
-    granularity: Literal["token", "group"] = "token"
+    format: Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"] = "int8"
+    granularity: Literal["token", "group", "tensor", "channel"] = "token"
+    ranges: Literal["absmax", "percentile", "mse"] = "absmax"
+    percentile: float = Field(default=0.9999, gt=0.5, le=1)
     ignore: tuple[Pattern, ...] = ()
 
 
+class Rotate(StepOptions):
+    """Step ``rotate``: rotations spread outliers over all channels; the function stays the same.
+
+    Attributes:
+        residual: What rotates the residual stream: a randomized ``"hadamard"`` matrix, a random
+            ``"orthogonal"`` one, or ``"none"``.
+        value: The same for the values of each attention head.
+        online: Where a Hadamard transform stays in the program: before the linear behind an
+            activation (``"down_proj"``), before the one behind attention (``"o_proj"``), on queries
+            and keys after their rotary embedding (``"query_key"``).
+        seed: For signs and random matrices.
+    """
+
+    residual: Literal["hadamard", "orthogonal", "none"] = "hadamard"
+    value: Literal["hadamard", "orthogonal", "none"] = "hadamard"
+    online: tuple[Literal["down_proj", "o_proj", "query_key"], ...] = ("down_proj",)
+    seed: int = 0
+
+
 STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
-    {"quantize_weights": QuantizeWeights, "quantize_activations": QuantizeActivations}
+    {
+        "rotate": Rotate,
+        "quantize_weights": QuantizeWeights,
+        "quantize_activations": QuantizeActivations,
+    }
 )
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
+
+
+TRANSFORM_STEPS: Final = frozenset({"rotate"})
+"""Steps that change bases and keep the function; weights must still be floats."""
 
 
 class Step(BaseModel):
@@ -204,6 +236,14 @@ class Recipe(_Strict):
                     f"step '{name}' stands {names.count(name)} times",
                     "keep one; its options say what differs by layer",
                 )
+        if "quantize_weights" in names:
+            for name in names[names.index("quantize_weights") :]:
+                if name in TRANSFORM_STEPS:
+                    raise _custom_error(
+                        "order",
+                        f"{name} comes after quantize_weights: codes can absorb no transform",
+                        f"put {name} before quantize_weights",
+                    )
         if "quantize_activations" in names and (
             "quantize_weights" not in names[: names.index("quantize_activations")]
         ):

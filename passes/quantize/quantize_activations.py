@@ -1,12 +1,16 @@
-"""Inputs of linears with quantized weights become codes at run time."""
+"""Inputs of linears with quantized weights become codes; scales are measured now or at run time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
-from torch import fx
+from torch import Tensor, fx
 
+from qcompile.calibration.engine import collect
+from qcompile.calibration.requests import Request
+from qcompile.calibration.statistics import ChannelRange, Histogram
 from qcompile.errors import RecipeError
 from qcompile.formats import stored_weight
 from qcompile.ir import dialect
@@ -14,98 +18,196 @@ from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
+from qcompile.passes.quantize.activation_ranges import (
+    RANGE_METHODS,
+    RangeMethod,
+    channel_scales,
+    tensor_scale,
+)
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import matches_any
 
-FORMATS = {"int8": 8}
-"""Activation formats (symmetric, dynamic) and the bits of their codes."""
+FORMATS = {f"int{bits}": bits for bits in range(2, 9)}
+"""Activation formats, all symmetric, and the bits of their codes."""
 
-GRANULARITIES = ("token", "group")
+Granularity = Literal["token", "group", "tensor", "channel"]
+"""One scale per token, or per token and group of the weight, both measured at run time; one for
+all tokens, or one per channel for all tokens, both from calibration."""
+
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+
+_STATIC = frozenset({"tensor", "channel"})
 
 
 class QuantizeActivations(Pass):
-    """Rounds the input of each linear whose weight is quantized, with scales measured at run time.
+    """Rounds the input of each linear whose weight is quantized.
 
     Before::
 
         %2 = aten.linear(%x, %w)
 
-    After::
+    After, with dynamic scales (per token, or per token and group)::
 
         %2 = qc.dynamic_scale(%x, 8, 64)
         %3 = qc.quantize(%x, %2, None, 8, 64)
         %4 = qc.dequantize(%3, %2, None, 8, 64)
         %5 = aten.linear(%4, %w)
 
-    Linears that share an input and a group size share the three nodes. Each rounded input leaves a
-    record in the result's details: ``input, bits, group_size, weights``.
+    and with static ones (per tensor, or per channel)::
+
+        %2 = qc.quantize(%x, @w.input_scale, None, 8, 0)
+        %3 = qc.dequantize(%2, @w.input_scale, None, 8, 0)
+        %4 = aten.linear(%3, %w)
+
+    Linears that share an input and a group size share the nodes. Each rounded input leaves a record
+    in the result's details: ``input, bits, group_size, weights``, and ``scale`` where it is one
+    static number.
 
     Args:
-        format: ``"int8"``.
-        granularity: ``"token"``: one scale per token; ``"group"``: one per token and group of the
-            weight (per token where the weight has one group per row).
+        format: ``"int2"`` to ``"int8"``.
+        granularity: What has a scale of its own. A group is one of the weight; a weight with one
+            group per row is rounded per token.
+        ranges: What static scales span: ``"absmax"``, ``"percentile"`` or ``"mse"``; per channel
+            only ``"absmax"``.
+        percentile: The fraction of values that ``"percentile"`` does not clip.
         ignore: Patterns on names of weights whose inputs stay float.
 
     Raises:
-        RecipeError: The format or the granularity is unknown.
+        RecipeError: The format, the granularity or what ranges span is unknown.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.WEIGHTS_QUANTIZED})
     numerics: ClassVar[Numerics] = Lossy()
 
     def __init__(
-        self, format: str = "int8", *, granularity: str = "token", ignore: Iterable[str] = ()
+        self,
+        format: str = "int8",
+        *,
+        granularity: str = "token",
+        ranges: str = "absmax",
+        percentile: float = 0.9999,
+        ignore: Iterable[str] = (),
     ) -> None:
+        for value, known in ((granularity, GRANULARITIES), (ranges, RANGE_METHODS)):
+            if value not in known:
+                raise RecipeError(
+                    f"unknown choice '{value}' for activations",
+                    remedy=f"known: {', '.join(known)}",
+                )
         if format not in FORMATS:
             raise RecipeError(
                 f"activations cannot be '{format}'", remedy=f"known: {', '.join(FORMATS)}"
             )
-        if granularity not in GRANULARITIES:
+        if granularity == "channel" and ranges != "absmax":
             raise RecipeError(
-                f"unknown granularity '{granularity}'", remedy=f"known: {', '.join(GRANULARITIES)}"
+                f"scales per channel span 'absmax', not '{ranges}'",
+                remedy="use granularity 'tensor', or leave ranges out",
             )
         self._bits = FORMATS[format]
-        self._per_group = granularity == "group"
+        self._granularity = granularity
+        self._ranges: RangeMethod = next(m for m in RANGE_METHODS if m == ranges)
+        self._percentile = percentile
         self._ignore = tuple(ignore)
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Rounds inputs, in graph order."""
-        del context
-        editor = Editor(program)
+        """Rounds inputs, in graph order.
+
+        Raises:
+            DataError: Static scales are asked for, and there is no calibration data.
+        """
         result = PassResult()
-        rounded: dict[tuple[fx.Node, int], tuple[fx.Node, list[str]]] = {}
+        groups = list(self._inputs(program, result))
+        scales = self._static_scales(program, groups, context) if self._is_static else {}
+        editor = Editor(program)
+        for group in groups:
+            first = group.linears[0]
+            detail: dict[str, object] = {
+                "input": group.value.name,
+                "bits": self._bits,
+                "group_size": group.group_size,
+                "weights": group.weights,
+            }
+            with editor.before(first):
+                if self._is_static:
+                    scale = scales[group.value]
+                    rounded = self._round_statically(editor, group, scale)
+                    if scale.numel() == 1 and not scale.is_meta:
+                        detail["scale"] = float(scale)
+                else:
+                    rounded = self._round(editor, group.value, group.group_size)
+            for linear in group.linears:
+                linear.update_arg(0, rounded)
+            result.rewrites += len(group.linears)
+            result.details.append(detail)
+        return result
+
+    @property
+    def _is_static(self) -> bool:
+        return self._granularity in _STATIC
+
+    def _inputs(self, program: Program, result: PassResult) -> Iterator[_Input]:
+        """The values to round, in graph order; linears that are passed over become skips."""
+        found: dict[tuple[fx.Node, int], _Input] = {}
         for linear in program.calls(LINEAR):
             weight = stored_weight(linear.args[1])
             source = linear.args[0]
             if weight is None or not isinstance(source, fx.Node):
                 continue
-            name = weight.name
-            if matches_any(self._ignore, name):
-                result.skips.append(Skip(name, "its input is kept float by the recipe"))
+            if matches_any(self._ignore, weight.name):
+                result.skips.append(Skip(weight.name, "its input is kept float by the recipe"))
                 continue
             if source.target == dialect.dequantize:
-                result.skips.append(Skip(name, "its input is rounded already"))
+                result.skips.append(Skip(weight.name, "its input is rounded already"))
                 continue
-            group_size = weight.format.group_size if self._per_group else 0
-            key = (source, group_size)
-            if key not in rounded:
-                with editor.before(linear):
-                    rounded[key] = self._round(editor, source, group_size), []
-                result.details.append(
-                    {
-                        "input": source.name,
-                        "bits": self._bits,
-                        "group_size": group_size,
-                        "weights": rounded[key][1],
-                    }
-                )
-            value, names = rounded[key]
-            names.append(name)
-            linear.update_arg(0, value)
-            result.rewrites += 1
-        return result
+            size = {"group": weight.format.group_size, "channel": 1}.get(self._granularity, 0)
+            entry = found.setdefault((source, size), _Input(source, size, [], []))
+            entry.linears.append(linear)
+            entry.weights.append(weight.name)
+        yield from found.values()
+
+    def _static_scales(
+        self, program: Program, groups: Iterable[_Input], context: Context
+    ) -> dict[fx.Node, Tensor]:
+        """Scales of inputs, measured on the context's calibration data."""
+        calibration = context.calibration
+        data = calibration.inputs(program, "activation quantization with static scales")
+        per_channel = self._granularity == "channel"
+        values = [group.value for group in groups]
+        found = collect(
+            program,
+            data,
+            [Request(value, ChannelRange if per_channel else Histogram) for value in values],
+            memory_limit=calibration.memory_limit,
+            work_directory=calibration.work_directory,
+            plan=calibration.plan,
+            progress=context.progress,
+        )
+        if per_channel:
+            return {v: channel_scales(found.of(v, ChannelRange), self._bits) for v in values}
+        return {
+            v: tensor_scale(found.of(v, Histogram), self._bits, self._ranges, self._percentile)
+            for v in values
+        }
 
     def _round(self, editor: Editor, source: fx.Node, group_size: int) -> fx.Node:
         scale = editor.call(dialect.dynamic_scale, source, self._bits, group_size)
+        return self._rounded(editor, source, scale, group_size)
+
+    def _round_statically(self, editor: Editor, group: _Input, scale: Tensor) -> fx.Node:
+        name = f"{group.weights[0].removesuffix('.weight')}.input_scale"
+        editor.program.weights.put(name, scale)
+        return self._rounded(editor, group.value, editor.weight(name), group.group_size)
+
+    def _rounded(self, editor: Editor, source: fx.Node, scale: fx.Node, group_size: int) -> fx.Node:
         codes = editor.call(dialect.quantize, source, scale, None, self._bits, group_size)
         return editor.call(dialect.dequantize, codes, scale, None, self._bits, group_size)
+
+
+@dataclass
+class _Input:
+    """A value, and the linears that read it rounded alike."""
+
+    value: fx.Node
+    group_size: int
+    linears: list[fx.Node]
+    weights: list[str]

@@ -113,7 +113,9 @@ def test_weights_must_be_quantized_before(untied):
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(RecipeError, match="cannot be 'int4'"):
-        QuantizeActivations("int4")
-    with pytest.raises(RecipeError, match="unknown granularity 'channel'"):
-        QuantizeActivations(granularity="channel")
+    with pytest.raises(RecipeError, match="cannot be 'int9'"):
+        QuantizeActivations("int9")
+    with pytest.raises(RecipeError, match="unknown choice 'row'"):
+        QuantizeActivations(granularity="row")
+    with pytest.raises(RecipeError, match="per channel span 'absmax'"):
+        QuantizeActivations(granularity="channel", ranges="mse")
