@@ -64,7 +64,7 @@ def _rope(b: Builder, x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bo
 
 
 @DIALECT.register(qc.attention.default)
-def _attention(
+def attention(
     b: Builder,
     query: ir.Value,
     key: ir.Value,
@@ -77,6 +77,7 @@ def _attention(
     window: int,
     softcap: float,
 ) -> ir.Value:
+    """Attention in products of matrices and a softmax."""
     heads = b.shape(query)[1]
     wide_key, wide_value = (share_heads(b, x, heads) for x in (key, value))
     scores = b.op("MatMul", b.op("Mul", query, scale), swap_axes_of(b, wide_key, 4))
@@ -85,7 +86,7 @@ def _attention(
     additive = mask is not None and mask.dtype != _BOOL
     if mask is not None and additive:
         scores = b.op("Add", scores, b.cast(mask, b.dtype))
-    allowed = _allowed(b, query, key, None if additive else mask, key_mask, causal, window)
+    allowed = allowed_pairs(b, query, key, None if additive else mask, key_mask, causal, window)
     if sinks is None:
         return b.op("MatMul", masked_softmax(b, scores, allowed, guard=additive), wide_value)
     if allowed is not None:
@@ -96,7 +97,7 @@ def _attention(
     return b.op("MatMul", b.slice(weights, 3, 0, -1), wide_value)
 
 
-def _allowed(
+def allowed_pairs(
     b: Builder,
     query: ir.Value,
     key: ir.Value,
@@ -105,28 +106,41 @@ def _allowed(
     causal: bool,
     window: int,
 ) -> ir.Value | None:
-    """Which (query, key) pairs may meet, ``[B or 1, Hq or 1, S or 1, T]``; None when all may."""
-    terms: list[ir.Value] = []
-    if mask is not None:
-        terms.append(mask)
-    if key_mask is not None:
-        terms.append(b.op("Unsqueeze", b.cast(key_mask, _BOOL), [1, 2]))
-    if causal or window > 0:
-        queries, keys = (b.tensor(b.axis_size(x, 2), _INT64) for x in (query, key))
-        zero, one = (b.constant(number, _INT64) for number in (0, 1))
-        key_position = b.op("Range", zero, keys, one)
-        position = b.op("Range", b.op("Sub", keys, queries), keys, one)
-        position = b.op("Unsqueeze", position, [1])
-        if causal:
-            terms.append(b.op("LessOrEqual", key_position, position))
-        if window > 0:
-            terms.append(b.op("Greater", key_position, b.op("Sub", position, window)))
-    if not terms:
+    """Which (query, key) pairs may meet, ``[B or 1, Hq or 1, S or 1, T]``; None when all may.
+
+    Layers that agree on it share it.
+    """
+    if mask is None and key_mask is None and not causal and window <= 0:
         return None
-    allowed = terms[0]
-    for term in terms[1:]:
-        allowed = b.op("And", allowed, term)
-    return allowed
+
+    def make() -> ir.Value:
+        terms = [] if mask is None else [mask]
+        if key_mask is not None:
+            terms.append(b.op("Unsqueeze", b.cast(key_mask, _BOOL), [1, 2]))
+        if causal or window > 0:
+            terms += _positions_within(b, query, key, causal, window)
+        allowed = terms[0]
+        for term in terms[1:]:
+            allowed = b.op("And", allowed, term)
+        return allowed
+
+    sizes = (b.shape(query)[2], b.shape(key)[2])
+    return b.once(("allowed pairs", *map(str, sizes), mask, key_mask, causal, window), make)
+
+
+def _positions_within(
+    b: Builder, query: ir.Value, key: ir.Value, causal: bool, window: int
+) -> list[ir.Value]:
+    """Boolean ``[S, T]`` matrices: no key after its query, and none too far before it."""
+    queries, keys = (b.tensor(b.axis_size(x, 2), _INT64) for x in (query, key))
+    zero, one = (b.constant(number, _INT64) for number in (0, 1))
+    key_position = b.op("Range", zero, keys, one)
+    position = b.op("Range", b.op("Sub", keys, queries), keys, one)
+    position = b.op("Unsqueeze", position, [1])
+    terms = [b.op("LessOrEqual", key_position, position)] if causal else []
+    if window > 0:
+        terms.append(b.op("Greater", key_position, b.op("Sub", position, window)))
+    return terms
 
 
 def _squared_relu(b: Builder, x: ir.Value) -> ir.Value:

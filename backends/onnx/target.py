@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
-from qcompile.backends.onnx import quantized
+from qcompile.backends.onnx import fused, quantized
 from qcompile.backends.onnx.emitter import DEFAULT_OPSET, OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
 from qcompile.backends.onnx.signature import signature_of
@@ -20,7 +20,8 @@ class OnnxTarget(Target):
     """ONNX models without operators of anybody's own.
 
     Args:
-        opset: Version of the standard operators.
+        opset: Version of the standard operators. From 23 on, attention, RMS norms and rotary
+            embeddings are one operator each.
 
     Attributes:
         opset: The same.
@@ -33,7 +34,8 @@ class OnnxTarget(Target):
 
     def __init__(self, opset: int = DEFAULT_OPSET) -> None:
         self.opset = opset
-        self._emitter = OnnxEmitter(quantized.TRANSLATIONS, opset=opset)
+        newer = fused.TRANSLATIONS if opset >= fused.FIRST_OPSET else {}
+        self._emitter = OnnxEmitter({**newer, **quantized.TRANSLATIONS}, opset=opset)
 
     @property
     def capabilities(self) -> Capabilities:
