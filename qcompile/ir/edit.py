@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.ir.program import Program
@@ -46,7 +47,8 @@ class Editor:
     def infer(self, node: fx.Node) -> Any:
         """The fake value of a call, computed from those of its arguments."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self._mode, torch.device("meta"), torch.no_grad():
+        # Some shape rules (pads by symbolic sizes) only the dispatcher in Python has.
+        with enable_python_dispatcher(), self._mode, torch.device("meta"), torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def weight(self, name: str) -> fx.Node:

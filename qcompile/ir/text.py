@@ -6,9 +6,9 @@ written by name where they are used.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -53,7 +53,9 @@ class _Printer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.names: dict[fx.Node, str] = {}
-        self.symbols: dict[str, str] = {}
+        self.ranks = _ranks(program)
+        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        self.sizes: dict[sympy.Expr, str] = {}
 
     def render(self) -> str:
         for node, port in zip(self.program.inputs, self.program.signature.inputs, strict=True):
@@ -96,10 +98,30 @@ class _Printer:
         return type(value).__name__
 
     def size(self, size: int | torch.SymInt) -> str:
-        if isinstance(size, int):
-            return str(size)
+        term = expression(size)
+        if term not in self.sizes:
+            # Renamed before it is printed: printing sorts terms by name.
+            self.sizes[term] = str(term.xreplace(self.renamed_symbols(term)))
+        return self.sizes[term]
 
-        def rename(match: re.Match[str]) -> str:
-            return self.symbols.setdefault(match[0], f"s{len(self.symbols)}")
+    def renamed_symbols(self, term: sympy.Expr) -> dict[sympy.Symbol, sympy.Symbol]:
+        symbols = sorted(term.free_symbols, key=lambda symbol: (self.rank(symbol), symbol.name))
+        for symbol in symbols:
+            name = f"s{len(self.symbols)}"
+            self.symbols.setdefault(symbol, sympy.Symbol(name, **symbol.assumptions0))
+        return {symbol: self.symbols[symbol] for symbol in symbols}
 
-        return re.sub(r"\b[a-z]\d+\b", rename, str(expression(size)))
+    def rank(self, symbol: sympy.Symbol) -> int:
+        """Where a symbol first stands alone; in a sum, nothing but its name tells its place."""
+        return self.ranks.get(symbol, len(self.ranks))
+
+
+def _ranks(program: Program) -> dict[sympy.Symbol, int]:
+    found: dict[sympy.Symbol, int] = {}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and isinstance(expression(size), sympy.Symbol):
+                found.setdefault(expression(size), len(found))
+    return found

@@ -8,6 +8,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from qcompile.errors import EquivalenceError
 from qcompile.ir.edit import Editor
@@ -106,7 +107,8 @@ def _verify_shapes(program: Program) -> None:
     known = size_identities(program)
     for node in program.calls():
         expected, found = _shape(editor.infer(node), known), _shape(node.meta["val"], known)
-        if expected != found:
+        operands = [operand.meta["val"] for operand in node.all_input_nodes]
+        if not _same_but_for_names(expected, found, _symbols(_shape(operands, known))):
             raise MalformedProgramError(
                 f"node '{node.name}' ({format_target(node.target)}) says {found}, "
                 f"its shape rule gives {expected}"
@@ -130,10 +132,49 @@ def size_identities(program: Program) -> dict[Any, Any]:
 
 
 def _shape(value: Any, known: dict[Any, Any]) -> Any:
+    """Dtype and sizes of a value, lists of them for several values."""
     if isinstance(value, Tensor):
-        return value.dtype, tuple(_shape(size, known) for size in value.shape)
+        return [value.dtype, *(_shape(size, known) for size in value.shape)]
     if isinstance(value, (list, tuple)):
         return [_shape(item, known) for item in value]
-    if is_symbolic(value):
-        return str(sympy.expand(expression(value).subs(known)))
-    return str(value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return _expanded(value.node.expr.subs(known))
+    return value
+
+
+def _expanded(term: Any) -> Any:
+    return sympy.expand(term) if isinstance(term, sympy.Expr) else term
+
+
+def _same_but_for_names(expected: Any, found: Any, given: set[sympy.Symbol]) -> bool:
+    """Whether two shapes are the same, up to the names of sizes that are measured here.
+
+    A size that depends on data has a new name every time it is measured; `given` are the names
+    that the operands bring along.
+    """
+    renamed: dict[sympy.Symbol, sympy.Symbol] = {}
+    pending = [(expected, found)]
+    while pending:
+        one, other = pending.pop()
+        if isinstance(one, list) and isinstance(other, list):
+            if len(one) != len(other):
+                return False
+            pending += zip(one, other, strict=True)
+        elif _is_measured(one, given) and _is_measured(other, given):
+            if renamed.setdefault(one, other) != other:
+                return False
+        elif str(one) != str(other):
+            return False
+    return len(set(renamed.values())) == len(renamed)
+
+
+def _is_measured(term: Any, given: set[sympy.Symbol]) -> bool:
+    """Whether a term is a new symbol, to which only running the program gives a value."""
+    kinds = (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)
+    return isinstance(term, sympy.Symbol) and term not in given and symbol_is_type(term, kinds)
+
+
+def _symbols(shape: Any) -> set[sympy.Symbol]:
+    if isinstance(shape, list):
+        return {symbol for item in shape for symbol in _symbols(item)}
+    return set(getattr(shape, "free_symbols", ()))

@@ -204,3 +204,64 @@ def test_size_arithmetic_prints_as_python_operators(program: Program) -> None:
         with editor.after(size):
             editor.call(operator.add, size, 1)
     assert "size(s0 + 1) = py.add(%2, 1)" in program.text()
+
+
+class Pad(nn.Module):
+    """Pads to a multiple of 4 rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.pad(x, (0, 0, 0, -x.shape[0] % 4))
+
+
+class Find(nn.Module):
+    """The places of what is positive in two tensors."""
+
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first, second = (x > 0).nonzero(), (y > 0).nonzero()
+        return first, second, first.neg()
+
+
+def test_verify_shapes_knows_pads_by_symbolic_sizes() -> None:
+    program = capture_module(Pad(), torch.randn(6, 4))
+    (pad,) = program.calls(aten.constant_pad_nd.default, aten.pad.default)
+    assert isinstance(pad.meta["val"].shape[0], torch.SymInt)
+    program.verify(shapes=True)
+
+
+def test_verify_shapes_compares_sizes_that_depend_on_data_up_to_their_names() -> None:
+    program = capture_module(Find(), (torch.randn(5, 4), torch.randn(5, 4)))
+    first, second = program.calls(aten.nonzero.default)
+    (negative,) = program.calls(aten.neg.default)
+    program.verify(shapes=True)
+    program.verify(shapes=True)
+
+    negative.meta["val"] = second.meta["val"]
+    with pytest.raises(MalformedProgramError, match="node 'neg'"):
+        program.verify(shapes=True)
+    negative.meta["val"] = first.meta["val"]
+    first.meta["val"] = first.meta["val"][:, :1]
+    with pytest.raises(MalformedProgramError, match="node 'nonzero'"):
+        program.verify(shapes=True)
+
+
+class Join(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x, y, x))
+
+
+class JoinUnderOtherNames(nn.Module):
+    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((y, x, y))
+
+
+def test_text_does_not_depend_on_the_names_of_symbols() -> None:
+    inputs = (torch.randn(3, 4), torch.randn(5, 4))
+    one, other = (capture_module(module, inputs) for module in (Join(), JoinUnderOtherNames()))
+    # Whatever the symbols are called, one of the two has them in the other order.
+    symbols = [[str(n.meta["val"].shape[0]) for n in program.inputs] for program in (one, other)]
+    assert symbols[0] == symbols[1][::-1]
+    assert "f32[2*s0 + s2, s1] = aten.cat" in one.text()
+    swapped = other.text().replace("%x", "%z").replace("%y", "%x").replace("%z", "%y")
+    assert swapped == one.text()

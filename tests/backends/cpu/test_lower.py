@@ -449,7 +449,7 @@ def test_rotation_append_and_attention_become_one_node() -> None:
         %2: f32[s0, s1, 16] = aten.linear(%x0, @v.weight)
         %3: tuple = qc.cpu_attention(%0, %1, %2, %x2, %x3, %x1, None, %x4, %x5, None, 4, 2, 0.5, True, 0, 0, False)
         %4: f32[s0, s1, 32] = py.getitem(%3, 0)
-        %5: f32[s0, 2, s4 + s1, 8] = py.getitem(%3, 1)
+        %5: f32[s0, 2, s1 + s4, 8] = py.getitem(%3, 1)
         %6: f32[s0, 2, s1 + s5, 8] = py.getitem(%3, 2)
         return %4, %5, %6
         """)  # noqa: E501
