@@ -94,6 +94,18 @@ constexpr int64_t kLinearFloatBlocks = 2;   // column blocks that are dequantize
 constexpr int64_t kLinearScratchFloats =
     (kLinearFloatDepth + kLinearFloatRows) * kLinearFloatBlocks * kColumns;
 
+// One row of float activations times a Hadamard matrix per block: y = scale * x (I kron C kron S).
+struct HadamardRow {
+  const float* x;  // [n]
+  float* y;        // [n], not x
+  int64_t n;
+  int64_t block;       // divides n
+  int64_t core_order;  // 1, or a multiple of 4; block / core_order is a power of two
+  const float* core;   // [core_order, core_order], or null for 1
+  float scale;
+  float* scratch;  // [block]; null where there is no core
+};
+
 struct KernelTable {
   const char* name;
   void (*quantize_row)(const QuantizeRow& row);
@@ -103,6 +115,7 @@ struct KernelTable {
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t dim, float epsilon);
   void (*gated_activation)(Activation kind, const float* gate, const float* up, float* y,
                            int64_t count);
+  void (*hadamard)(const HadamardRow& row);
 };
 
 extern const KernelTable kScalarKernels;

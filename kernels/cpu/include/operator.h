@@ -117,6 +117,7 @@ OperatorSpec QEmbeddingSpec();
 OperatorSpec AttentionSpec();
 OperatorSpec RmsNormSpec();
 OperatorSpec GatedActivationSpec();
+OperatorSpec HadamardSpec();
 
 // An operator of one instruction set in the form that ONNX Runtime takes.
 struct CustomOp : ort::OrtCustomOp {

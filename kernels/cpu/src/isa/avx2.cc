@@ -2,13 +2,20 @@
 // The vector type comes first.
 #include "attention.h"
 #include "elementwise.h"
+#include "hadamard.h"
 #include "linear.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",  QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>, Attention,
-    RmsNorm, GatedActivation,
+    "avx2",
+    QuantizeActivations,
+    Linear<LinearInt8Kernel>,
+    Linear<LinearFloatKernel>,
+    Attention,
+    RmsNorm,
+    GatedActivation,
+    Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -2,13 +2,20 @@
 // The vector type comes first.
 #include "attention.h"
 #include "elementwise.h"
+#include "hadamard.h"
 #include "linear.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512", QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>, Attention,
-    RmsNorm,  GatedActivation,
+    "avx512",
+    QuantizeActivations,
+    Linear<LinearInt8Kernel>,
+    Linear<LinearFloatKernel>,
+    Attention,
+    RmsNorm,
+    GatedActivation,
+    Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -2,13 +2,20 @@
 // The vector type comes first.
 #include "attention.h"
 #include "elementwise.h"
+#include "hadamard.h"
 #include "linear.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kScalarKernels = {
-    "scalar", QuantizeActivations, Linear<LinearInt8Kernel>, Linear<LinearFloatKernel>, Attention,
-    RmsNorm,  GatedActivation,
+    "scalar",
+    QuantizeActivations,
+    Linear<LinearInt8Kernel>,
+    Linear<LinearFloatKernel>,
+    Attention,
+    RmsNorm,
+    GatedActivation,
+    Hadamard,
 };
 
 }  // namespace qcompile::cpu
