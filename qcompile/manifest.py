@@ -199,13 +199,10 @@ def read_manifest(directory: Path) -> Manifest:
     text = _read_text(path)
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number or a nesting without end
         raise ArtifactError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}",
-            remedy="copy or compile the artifact again",
+            f"{path} is not valid JSON: {error}", remedy="copy or compile the artifact again"
         ) from error
-    except RecursionError as error:
-        raise ArtifactError(f"{path} is nested too deeply to be a manifest") from error
     _check_schema_version(path, raw)
     try:
         return Manifest.model_validate(raw)

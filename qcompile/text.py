@@ -318,7 +318,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} is not a JSON object")

@@ -25,6 +25,9 @@ from qcompile.ir.program import Program
 from qcompile.ir.serialize import load_program
 from qcompile.manifest import Manifest
 
+_FAILURES = (RuntimeError, IndexError, TypeError, ValueError)
+"""What torch raises when an operator cannot take what it is given."""
+
 
 class CudaSession(ModelSession):
     """A loaded model.
@@ -38,7 +41,7 @@ class CudaSession(ModelSession):
         ArtifactError: If the program cannot be loaded, or it is not what the manifest says.
     """
 
-    input_errors = (RuntimeError, IndexError)
+    input_errors = _FAILURES
 
     def __init__(
         self, directory: Path, manifest: Manifest, *, device: str | torch.device | None = None
@@ -56,7 +59,7 @@ class CudaSession(ModelSession):
 
     def _run(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         engine = self._engine()
-        outputs = engine.run([engine.put(array) for array in arrays.values()])
+        outputs = engine.executor.run(*(engine.put(array) for array in arrays.values()))
         names = (value.name for value in self._signature.outputs)
         return {name: engine.get(value) for name, value in zip(names, outputs, strict=True)}
 
@@ -75,7 +78,7 @@ class _TorchEngine:
     """Runs a program on tensors of its device: caches stay there."""
 
     def __init__(self, executor: _Executor, device: torch.device) -> None:
-        self._executor = executor
+        self.executor = executor
         self._device = device
 
     def put(self, array: npt.NDArray[Any]) -> Tensor:
@@ -86,7 +89,13 @@ class _TorchEngine:
         return array
 
     def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        return self._executor.run(*inputs)
+        try:
+            return self.executor.run(*inputs)
+        except _FAILURES as error:
+            raise ArtifactError(
+                f"the program of this artifact failed as it ran: {str(error).strip()}",
+                remedy="if memory lasts, compile the model again",
+            ) from error
 
 
 class _Executor(Interpreter):

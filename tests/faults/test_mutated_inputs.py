@@ -115,9 +115,11 @@ def _sign(artifact: Path, name: str) -> None:
     path = artifact / "manifest.json"
     manifest = json.loads(path.read_text())
     content = (artifact / name).read_bytes()
-    if name in manifest["files"]:
-        signature = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        manifest["files"][name] = signature
+    if name in manifest["files"]:  # the report is not
+        manifest["files"][name] = {
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
         path.write_text(json.dumps(manifest))
 
 
@@ -127,7 +129,7 @@ def _damage(kind: str, seed: int, good: Path, directory: Path) -> Path:
     root = _copy(good / given.root, directory / given.root)
     path = root / given.file
     path.write_bytes(given.mutation(path.read_bytes(), Random(f"{kind} {seed}")))
-    if given.root in ("cpu", "cuda"):
+    if given.root in ("cpu", "cuda") and given.file != "manifest.json":
         _sign(root, given.file)
     return root
 
