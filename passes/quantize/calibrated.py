@@ -23,7 +23,7 @@ from qcompile.calibration.requests import Request, linear_inputs
 from qcompile.calibration.settings import Calibration
 from qcompile.calibration.statistics import Hessian
 from qcompile.calibration.stream import Stream, digest_tensor
-from qcompile.formats import Format, QuantizedWeight, ScaleSearch
+from qcompile.formats import Format, QuantizedWeight, ScaleSearch, relative_error
 from qcompile.ir.program import Program
 from qcompile.passes.quantize.methods import Method, Outcome, Task
 from qcompile.passes.quantize.methods.hessian import Inputs
@@ -58,12 +58,14 @@ class Finished:
     Attributes:
         job: What was to be done.
         outcome: What came of it.
+        relative_error: ||w - decoded|| / ||w||, Frobenius.
         output_error: Mean squared error of the layer's output over its mean square, on the
             calibration data.
     """
 
     job: Job
     outcome: Outcome
+    relative_error: float
     output_error: float
 
 
@@ -246,7 +248,8 @@ class _Work:
 def _quantize(job: Job, weight: Tensor, inputs: Inputs) -> Finished:
     outcome = job.method.quantize(Task(job.name, weight, job.format, job.scale_search, inputs))
     decoded = job.format.decode(outcome.weight)
-    return Finished(job, outcome, inputs.relative_error(weight, decoded))
+    error = relative_error(weight, outcome.weight)
+    return Finished(job, outcome, error, inputs.relative_error(weight, decoded))
 
 
 def _key(*parts: str) -> str:
@@ -259,7 +262,13 @@ _TENSOR = "tensor."
 def _pack(finished: Finished) -> dict[str, Tensor]:
     """A finished weight as a journal's entry."""
     outcome = finished.outcome
-    facts = json.dumps({"notes": outcome.notes, "output_error": finished.output_error})
+    facts = json.dumps(
+        {
+            "notes": outcome.notes,
+            "relative_error": finished.relative_error,
+            "output_error": finished.output_error,
+        }
+    )
     entry = {_TENSOR + name: tensor for name, tensor in outcome.weight.tensors.items()}
     return entry | {"facts": torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)}
 
@@ -268,4 +277,5 @@ def _unpack(job: Job, shape: tuple[int, ...], entry: Mapping[str, Tensor]) -> Fi
     facts = json.loads(bytes(entry["facts"].tolist()))
     tensors = {k.removeprefix(_TENSOR): t for k, t in entry.items() if k.startswith(_TENSOR)}
     weight = QuantizedWeight(job.format, shape, tensors)
-    return Finished(job, Outcome(weight, tuple(facts["notes"])), facts["output_error"])
+    outcome = Outcome(weight, tuple(facts["notes"]))
+    return Finished(job, outcome, facts["relative_error"], facts["output_error"])

@@ -158,8 +158,7 @@ class QuantizeWeights(Pass):
             progress=context.progress,
         ):
             weight, outcome = by_name[finished.job.name], finished.outcome
-            error = relative_error(program.weights.materialize(weight.name), outcome.weight)
-            record = _record(weight, self._method_name, outcome, error)
+            record = _record(weight, self._method_name, outcome, finished.relative_error)
             yield weight, outcome.weight, {**record, "output_error": finished.output_error}
 
 

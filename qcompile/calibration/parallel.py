@@ -27,7 +27,7 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         items: Its arguments.
     """
     workers = torch.get_num_threads()
-    with operators_on_one_thread(), _fast_products(), torch.no_grad():
+    with operators_on_one_thread(), torch.no_grad():
         if workers == 1:
             for item in items:
                 yield function(item)
@@ -52,10 +52,11 @@ def _without_gradients(function: Callable[[T], R]) -> Callable[[T], R]:
 
 
 @contextlib.contextmanager
-def _fast_products() -> Iterator[None]:
+def fast_products() -> Iterator[None]:
     """Matrix products in bfloat16 with float32 sums on CPUs that have tiles for that (AMX).
 
-    Others compute in float32, and faster than by default: by oneDNN.
+    Others compute in float32, and large products faster than by default: by oneDNN. Products of
+    a few thousand numbers are slower so.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.stages import Flow
-from qcompile.calibration.parallel import ordered_map
+from qcompile.calibration.attention import attention
+from qcompile.calibration.parallel import fast_products, ordered_map
 from qcompile.calibration.requests import Request, Statistics, linear_inputs
 from qcompile.calibration.samples import CalibrationData
 from qcompile.calibration.statistics import Statistic
 from qcompile.calibration.store import ActivationStore
 from qcompile.errors import DataError, ModelError
 from qcompile.formats.row_blocks import operators_on_one_thread
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 
@@ -58,6 +60,9 @@ class NumericPlan:
 
 
 DEFAULT_PLAN = NumericPlan()
+
+_FASTER: Mapping[Any, Callable[..., Any]] = {dialect.attention: attention}
+"""What is computed in place of references that are slow on long inputs."""
 
 
 class Stream:
@@ -207,15 +212,16 @@ class Stream:
             return ({} if stay else {node: env[node] for node in part.keeps}), seen
 
         totals = [request.statistic() for request in requests]
-        for batch, (values, seen) in enumerate(ordered_map(compute, range(self.batches))):
-            for total, more in zip(totals, seen, strict=True):
-                total.merge(more)
-            for node in () if stay else part.drops:
-                self._store.drop(batch, node)
-            for node, value in values.items():
-                self._store.put(batch, node, value)
-            if on_batch is not None:
-                on_batch()
+        with fast_products():
+            for batch, (values, seen) in enumerate(ordered_map(compute, range(self.batches))):
+                for total, more in zip(totals, seen, strict=True):
+                    total.merge(more)
+                for node in () if stay else part.drops:
+                    self._store.drop(batch, node)
+                for node, value in values.items():
+                    self._store.put(batch, node, value)
+                if on_batch is not None:
+                    on_batch()
         return totals
 
     def _prepare(self, values: Sequence[fx.Node]) -> _Prepared:
@@ -301,7 +307,7 @@ class Stream:
     def _compute(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         try:
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = _FASTER.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(

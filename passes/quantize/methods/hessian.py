@@ -18,16 +18,16 @@ _ATTEMPTS = 6
 class Feedback:
     """How errors made so far move what the columns after them should become.
 
-    With ``H = (U + I) D (U + I)^T``, U strictly upper triangular and D diagonal, the error
-    ``trace(E H E^T)`` is the sum over columns k of ``D_k |e_k + sum_{i<k} U_ik e_i|^2``.
+    With ``H = (L + I)^T D (L + I)``, L strictly lower triangular and D diagonal, the error
+    ``trace(E H E^T)`` is the sum over columns k of ``D_k |e_k + sum_{i<k} L_ki e_i|^2``.
 
     Attributes:
-        upper: U in the order of `order`, float32 [K, K].
+        lower: L in the order of `order`, float32 [K, K]: row k is what column k asks for.
         order: The columns in the order in which they are worked on, int64 [K].
         notes: What the user should know.
     """
 
-    upper: Tensor
+    lower: Tensor
     order: Tensor
     notes: tuple[str, ...] = ()
 
@@ -112,8 +112,8 @@ def feedback(hessian: Hessian, *, damping: float, descending: bool, name: str) -
     factor, used = _factorize(matrix, level, damping, name)
     if used != damping:
         notes.append(f"damping raised from {damping:g} to {used:g}: its inputs are dependent")
-    upper = factor.div_(factor.diagonal().clone()).fill_diagonal_(0.0)
-    return Feedback(upper.to(torch.float32), order, tuple(notes))
+    lower = factor.div_(factor.diagonal().clone()).fill_diagonal_(0.0).T
+    return Feedback(lower.to(torch.float32).contiguous(), order, tuple(notes))
 
 
 def _factorize(matrix: Tensor, level: float, damping: float, name: str) -> tuple[Tensor, float]:

@@ -44,17 +44,17 @@ def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = 
     Source: Chee et al. 2023 (QuIP), section 3, equation 2; Frantar et al. 2022 for the blocks.
     """
     order: list[int] = feedback.order.tolist()
-    upper = feedback.upper
+    lower = feedback.lower
     exact = weight.T[feedback.order].contiguous()
     errors = torch.empty_like(exact)
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
-        targets = exact[start:stop].addmm(upper[:start, start:stop].T, errors[:start])
+        targets = exact[start:stop].addmm(lower[start:stop, :start], errors[:start])
         rounder.begin(order[start:stop], targets)
         for column in range(start, stop):
             target = targets[column - start]
             if column > start:
-                target = target.addmv(errors[start:column].T, upper[start:column, column])
+                target = target.addmv(errors[start:column].T, lower[column, start:column])
             decoded = rounder.round(order[column], target.unsqueeze(-1)).squeeze(-1)
             torch.sub(exact[column], decoded, out=errors[column])
     result = torch.empty_like(weight)
