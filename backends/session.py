@@ -92,13 +92,14 @@ class ModelSession(ABC):
         A causal model without cache inputs is run over its whole text for every token.
 
         Raises:
-            RecipeError: If the model does not generate.
+            RecipeError: If the model does not generate, or takes another number of rows.
         """
         if self._manifest.task != "causal_lm":
             raise RecipeError(
                 "this artifact holds no causal language model: it cannot generate",
                 remedy="use forward() or run(inputs)",
             )
+        _check_rows(batch, self._signature)
         return self._decoder(batch, capacity)
 
     @abstractmethod
@@ -154,6 +155,8 @@ def check_token_ids(input_ids: npt.ArrayLike, manifest: Manifest) -> npt.NDArray
             f"input_ids has {ids.shape[1]} tokens a row; the model was made for {longest}",
             remedy="pass shorter rows",
         )
+    _check_rows(len(ids), manifest.signature)
+    _check_length(ids.shape[1], manifest.signature)
     return ids.astype(np.int64, copy=False)
 
 
@@ -177,6 +180,28 @@ def check_like_ids(
     if needed and signature.input(role) is None:
         raise RecipeError(f"this model takes no {role}", remedy="leave it out")
     return array.astype(np.int64, copy=False)
+
+
+def _check_rows(batch: int, signature: Signature) -> None:
+    """Models may be compiled for a fixed number of rows."""
+    ids = signature.input("input_ids")
+    rows = batch if ids is None else ids.shape[0]
+    if isinstance(rows, int) and rows != batch:
+        raise RecipeError(
+            f"this model was compiled for {rows} row(s) at a time, not {batch}",
+            remedy=f"pass {rows}, or compile it with another batch",
+        )
+
+
+def _check_length(length: int, signature: Signature) -> None:
+    """Models may be compiled for a fixed length; with a cache they are fed in parts."""
+    ids = signature.input("input_ids")
+    fixed = length if ids is None or signature.cache_pairs() else ids.shape[1]
+    if isinstance(fixed, int) and fixed != length:
+        raise RecipeError(
+            f"this model was compiled for rows of {fixed} tokens, not {length}",
+            remedy="pad the rows and pass an attention_mask, or compile it with another query",
+        )
 
 
 def vocabulary_size(signature: Signature) -> int:

@@ -96,24 +96,7 @@ def compile(
         program = _run(front_phases(), program, context, report)
         preflight(program, resolved, backend).refuse()
         program = _run(recipe_phases(resolved), program, context, report)
-        bits = count_bits(program)
-        with _phase(report, progress, "lower"):
-            lowered = backend.lower(program, context)
-        needed = bits.bytes + sum(map(len, program.provenance.assets.values()))
-        with write_artifact_directory(destination, overwrite, bytes_needed=needed) as directory:
-            with _phase(report, progress, "pack"):
-                packed = backend.pack(lowered, directory, progress)
-            report.notes = program.notes
-            write_package(
-                directory,
-                program,
-                target=backend,
-                recipe=resolved,
-                packed=packed,
-                bits=bits,
-                report=report,
-                version=qcompile.__version__,
-            )
+        write_artifact(program, resolved, backend, destination, context, report, overwrite)
     return load(destination, threads=threads)
 
 
@@ -143,7 +126,8 @@ def write_artifact(
     bits = count_bits(program)
     with _phase(report, context.progress, "lower"):
         lowered = target.lower(program, context)
-    with write_artifact_directory(destination, overwrite, bytes_needed=bits.bytes) as directory:
+    needed = bits.bytes + sum(map(len, program.provenance.assets.values()))
+    with write_artifact_directory(destination, overwrite, bytes_needed=needed) as directory:
         with _phase(report, context.progress, "pack"):
             packed = target.pack(lowered, directory, context.progress)
         report.notes = (*program.notes, *packed.notes)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qcompile.ir import dialect
 from qcompile.kernels.attention.reference import attention
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, unpack_linear
+from qcompile.kernels.cpu.layout import CODINGS, SCALE_DTYPES, unpack_linear
 from qcompile.kernels.dequantize.reference import dequantize
+from qcompile.kernels.lookup.levels import levels as levels_of
+from qcompile.kernels.lookup.reference import look_up, lookup
 from qcompile.kernels.quantize.reference import dynamic_scale, quantize
 from qcompile.kernels.rope.reference import rope
 
@@ -34,9 +37,10 @@ def cpu_linear(
     group_size: int,
     has_zero_point: bool,
     scale_dtype: int,
+    coding: str,
     act: str,
 ) -> Tensor:
-    """A linear layer over a packed integer weight: ``x_q @ w_q.T + bias + residual``.
+    """A linear layer over a packed weight: ``x_q @ w_q.T + bias + residual``.
 
     Args:
         x: ``[..., k]`` float32.
@@ -49,12 +53,13 @@ def cpu_linear(
         group_size: Weights per scale; 0 is one group per row.
         has_zero_point: Whether the weight has zero points.
         scale_dtype: Index into `SCALE_DTYPES`.
+        coding: What codes stand for, one of `CODINGS`.
         act: ``"float"``, ``"int8_token"`` or ``"int8_group"``: how `x` is rounded first.
 
     Returns:
         ``[..., n]`` float32.
     """
-    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
+    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype, coding)
     if act != FLOAT_ACTIVATIONS:
         group = group_size if act == INT8_PER_GROUP else 0
         scale = dynamic_scale(x, 8, group)
@@ -76,9 +81,10 @@ def cpu_embedding(
     group_size: int,
     has_zero_point: bool,
     scale_dtype: int,
+    coding: str,
 ) -> Tensor:
-    """Rows of a packed integer table: ``[...]`` ids to ``[..., k]`` float32."""
-    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype)
+    """Rows of a packed table: ``[...]`` ids to ``[..., k]`` float32."""
+    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype, coding)
     return weight.rows(ids.flatten()).reshape(*ids.shape, k)
 
 
@@ -176,13 +182,14 @@ _DECODED_AT_A_TIME = 1 << 22
 
 @dataclass(frozen=True)
 class _Unpacked:
-    """The codes of a packed weight."""
+    """The codes of a packed weight, and what they stand for."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
     group_size: int
+    levels: Tensor | None  # None of integers
 
     @staticmethod
     def of(
@@ -193,23 +200,38 @@ class _Unpacked:
         group_size: int,
         has_zero_point: bool,
         scale_dtype: int,
+        coding: str,
     ) -> _Unpacked:
-        codes, scale, zero_point = unpack_linear(
+        scale_name = SCALE_DTYPES[scale_dtype]
+        unpacked = unpack_linear(
             packed.cpu().numpy(),
             n,
             k,
             bits=bits,
             group_size=group_size,
             has_zero_point=has_zero_point,
-            scale_dtype=SCALE_DTYPES[scale_dtype],
+            scale_dtype=scale_name,
+            coding=next(known for known in CODINGS if known == coding),
         )
-        zeros = None if zero_point is None else torch.from_numpy(zero_point)
-        return _Unpacked(torch.from_numpy(codes), torch.from_numpy(scale), zeros, bits, group_size)
+        scale = torch.from_numpy(unpacked.scale)
+        if scale.dtype == torch.uint8:
+            outer = unpacked.outer_scale
+            shared = None if outer is None else torch.from_numpy(outer).unsqueeze(1)
+            scale = lookup(scale, shared, scale_name, 0)
+        zeros = None if unpacked.zero_point is None else torch.from_numpy(unpacked.zero_point)
+        levels = unpacked.levels
+        if levels is None and coding != "integer":
+            levels = np.array(levels_of(coding), np.float32)
+        table = None if levels is None else torch.from_numpy(levels)
+        codes = torch.from_numpy(unpacked.codes)
+        return _Unpacked(codes, scale, zeros, bits, group_size, table)
 
     def rows(self, index: Tensor) -> Tensor:
         """Some rows as float32."""
-        zero_point = None if self.zero_point is None else self.zero_point[index]
         codes, scale = self.codes[index], self.scale[index]
+        if self.levels is not None:
+            return look_up(codes, scale, self.levels, self.group_size)
+        zero_point = None if self.zero_point is None else self.zero_point[index]
         return dequantize(codes, scale, zero_point, self.bits, self.group_size)
 
 

@@ -1,35 +1,70 @@
-"""Which formats the kernels read."""
+"""Which formats the kernels read, and how the attributes of a packed weight say so."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import get_args
 
-from qcompile.formats import Format, IntegerFormat
-from qcompile.kernels.cpu.layout import PACKABLE_BITS, SCALE_DTYPES
+from qcompile.formats import Format, IntegerFormat, LookupFormat
+from qcompile.formats.scales import FloatScale
+from qcompile.kernels.cpu.layout import SCALE_DTYPES, Coding, ScaleDtype
+from qcompile.kernels.lookup.levels import code_bits
+
+_GROUP_UNIT = 16
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The attributes of a packed weight; see `qcompile.kernels.cpu.layout`.
+
+    Attributes:
+        bits: Of the codes.
+        group_size: Weights per scale; 0 is one group per row.
+        has_zero_point: Whether there are zero points.
+        scale_dtype: How scales are stored.
+        coding: What codes stand for.
+    """
+
+    bits: int
+    group_size: int
+    has_zero_point: bool
+    scale_dtype: ScaleDtype
+    coding: Coding
+
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Whether the kernels multiply int8 activations with the codes."""
+        return self.coding not in ("table", "e4m3")
 
 
 def unpackable_reason(format: Format) -> str | None:
     """Why the kernels cannot read weights of a format, one clause; None if they can."""
-    if not isinstance(format, IntegerFormat):
+    if not isinstance(format, IntegerFormat | LookupFormat):
         return f"the cpu kernels have no {format}"
-    if format.bits not in PACKABLE_BITS:
-        widths = " and ".join(str(width) for width in PACKABLE_BITS)
-        return f"the cpu kernels read codes of {widths} bits"
-    if _name(format.scale_dtype) not in SCALE_DTYPES:
-        return f"the cpu kernels read scales of {', '.join(SCALE_DTYPES)}"
     if format.group_size % _GROUP_UNIT:
         return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}"
     return None
 
 
-def scale_dtype_index(dtype: torch.dtype) -> int:
-    """The kernels' attribute `scale_dtype` for scales of a dtype."""
-    names: tuple[str, ...] = SCALE_DTYPES
-    return names.index(_name(dtype))
+def packing_of(format: Format) -> Packing:
+    """How weights of a format are packed, which must be one that `unpackable_reason` lets pass."""
+    if isinstance(format, IntegerFormat):
+        scale_dtype = _SCALE_NAMES[str(format.scale_dtype)]
+        return Packing(format.bits, format.group_size, not format.symmetric, scale_dtype, "integer")
+    assert isinstance(format, LookupFormat)
+    scales = format.scales
+    name = str(scales.dtype) if isinstance(scales, FloatScale) else scales.name
+    # Tables that are not the kernels' own are looked up in levels that the weight brings along.
+    coding = _CODINGS.get(format.table, "table")
+    return Packing(code_bits(format.table), format.group_size, False, _SCALE_NAMES[name], coding)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-_GROUP_UNIT = 16
+_CODINGS: dict[str, Coding] = {
+    name: name for name in get_args(Coding) if name not in ("integer", "table")
+}
+_SCALE_NAMES: dict[str, ScaleDtype] = {
+    **{f"torch.{name}": name for name in SCALE_DTYPES},
+    "e8m0": "e8m0",
+    "e4m3": "e4m3",
+    "dq": "uint8",
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,9 +11,11 @@ import onnx_ir as ir
 
 from qcompile.backends.cpu import ops
 from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.transform import Place, emit_transform
 from qcompile.backends.onnx.translation import Table, Translation
 from qcompile.ir import dialect
 from qcompile.kernels.cpu import OPERATOR_DOMAIN
+from qcompile.kernels.hadamard.matrix import core, core_order
 
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
@@ -37,9 +39,10 @@ def _linear(
     group_size: int,
     has_zero_point: bool,
     scale_dtype: int,
+    coding: str,
     act: str,
 ) -> ir.Value:
-    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype)
+    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
     inputs = (x, packed, bias, residual)
     return b.op("QLinear", *inputs, domain=OPERATOR_DOMAIN, dtype=FLOAT, act=act, **layout)
 
@@ -55,8 +58,9 @@ def _embedding(
     group_size: int,
     has_zero_point: bool,
     scale_dtype: int,
+    coding: str,
 ) -> ir.Value:
-    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype)
+    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
     return b.op("QEmbedding", ids, packed, domain=OPERATOR_DOMAIN, dtype=FLOAT, **layout)
 
 
@@ -118,6 +122,22 @@ def _gated_act(b: Builder, gate: ir.Value, up: ir.Value, kind: str) -> ir.Value:
     return made
 
 
+@_TABLE.register(dialect.transform)
+def _transform(
+    b: Builder, x: ir.Value, params: Sequence[ir.Value], kind: str, dims: Sequence[int]
+) -> ir.Value:
+    return emit_transform(b, x, params, kind, dims, _hadamard)
+
+
+def _hadamard(b: Builder, x: ir.Value, place: Place, block: int, transposed: bool) -> ir.Value:
+    del place
+    order = core_order(block)
+    assert order is not None
+    factor = core(order).T if transposed else core(order)
+    matrix = None if order == 1 else b.constant(factor.numpy(), FLOAT)
+    return b.op("Hadamard", x, matrix, domain=OPERATOR_DOMAIN, dtype=FLOAT, block=block)
+
+
 @_TABLE.register(operator.getitem)
 def _getitem(b: Builder, values: tuple[Any, ...], index: int) -> Any:
     del b
@@ -129,8 +149,14 @@ TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
 
 
 def _layout(
-    n: int, k: int, bits: int, group_size: int, has_zero_point: bool, scale_dtype: int
-) -> dict[str, int]:
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+    coding: str,
+) -> dict[str, int | str]:
     return {
         "N": n,
         "K": k,
@@ -138,6 +164,7 @@ def _layout(
         "group_size": group_size,
         "has_zero_point": int(has_zero_point),
         "scale_dtype": scale_dtype,
+        "coding": coding,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -12,8 +12,10 @@ from qcompile.backends.onnx.aten_activation import gelu, silu
 from qcompile.backends.onnx.aten_linear import masked_softmax, share_heads, swap_axes_of
 from qcompile.backends.onnx.aten_norm import layer_normalize, rms_normalize
 from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.sizes import subtract
+from qcompile.backends.onnx.transform import emit_transform, standard_hadamard
 from qcompile.backends.onnx.translation import Table
-from qcompile.backends.onnx.values import UnsupportedError, static_size
+from qcompile.backends.onnx.values import Number, UnsupportedError, static_size
 from qcompile.kernels.quantize.groups import group_count
 
 qc = torch.ops.qc
@@ -132,15 +134,19 @@ def _positions_within(
     b: Builder, query: ir.Value, key: ir.Value, causal: bool, window: int
 ) -> list[ir.Value]:
     """Boolean ``[S, T]`` matrices: no key after its query, and none too far before it."""
-    queries, keys = (b.tensor(b.axis_size(x, 2), _INT64) for x in (query, key))
-    zero, one = (b.constant(number, _INT64) for number in (0, 1))
-    key_position = b.op("Range", zero, keys, one)
-    position = b.op("Range", b.op("Sub", keys, queries), keys, one)
-    position = b.op("Unsqueeze", position, [1])
+    queries, keys = (b.axis_size(x, 2) for x in (query, key))
+    key_position = _range(b, 0, keys)
+    position = b.op("Unsqueeze", _range(b, subtract(b, keys, queries), keys), [1])
     terms = [b.op("LessOrEqual", key_position, position)] if causal else []
     if window > 0:
         terms.append(b.op("Greater", key_position, b.op("Sub", position, window)))
     return terms
+
+
+def _range(b: Builder, start: Number, end: Number) -> ir.Value:
+    if isinstance(start, int) and isinstance(end, int):
+        return b.constant(range(start, end), _INT64)
+    return b.op("Range", *(b.tensor(x, _INT64) for x in (start, end, 1)))
 
 
 def _squared_relu(b: Builder, x: ir.Value) -> ir.Value:
@@ -194,6 +200,13 @@ def _dynamic_scale(b: Builder, x: ir.Value, bits: int, group_size: int) -> ir.Va
         peak = b.op("ReduceMax", b.op("Reshape", magnitude, target), [-1], keepdims=0)
     scale = b.op("Div", peak, float(2 ** (bits - 1) - 1))
     return b.op("Where", b.op("Equal", scale, 0.0), b.constant(1.0, b.dtype), scale)
+
+
+@DIALECT.register(qc.transform.default)
+def _transform(
+    b: Builder, x: ir.Value, params: Sequence[ir.Value], kind: str, dims: Sequence[int]
+) -> ir.Value:
+    return emit_transform(b, x, params, kind, dims, standard_hadamard)
 
 
 @DIALECT.register(qc.quantize.default)

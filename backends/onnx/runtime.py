@@ -12,6 +12,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from qcompile.backends.decoding import Decoder, GrowingDecoder, RecomputingDecoder
+from qcompile.backends.onnx.fixed_decoding import FixedDecoder, is_fixed
 from qcompile.backends.session import ModelSession
 from qcompile.errors import ArtifactError, QCompileError, RecipeError
 from qcompile.manifest import Manifest, Signature, ValueInfo
@@ -29,6 +30,7 @@ _ORT_ERRORS = (
     ort_state.NoSuchFile,
     ort_state.NotImplemented,
     ort_state.RuntimeException,
+    UnicodeDecodeError,  # an error that quotes a damaged name
 )
 
 
@@ -86,8 +88,11 @@ class OnnxSession(ModelSession):
     def _decoder(self, batch: int, capacity: int) -> Decoder:
         del capacity
         engine = _OrtEngine(self._runtime, self._signature)
-        kind = GrowingDecoder if self._has_cache else RecomputingDecoder
-        return kind(engine, self._signature, batch)
+        if not self._has_cache:
+            return RecomputingDecoder(engine, self._signature, batch)
+        if is_fixed(self._signature):
+            return FixedDecoder(engine, self._signature)
+        return GrowingDecoder(engine, self._signature, batch)
 
 
 class _OrtEngine:
@@ -107,9 +112,15 @@ class _OrtEngine:
 
     def run(self, inputs: Sequence[onnxruntime.OrtValue]) -> Sequence[onnxruntime.OrtValue]:
         feeds = dict(zip(self._inputs, inputs, strict=True))
-        outputs: Sequence[onnxruntime.OrtValue] = self._runtime.run_with_ort_values(
-            self._outputs, feeds
-        )
+        try:
+            outputs: Sequence[onnxruntime.OrtValue] = self._runtime.run_with_ort_values(
+                self._outputs, feeds
+            )
+        except _ORT_ERRORS as error:
+            raise ArtifactError(
+                f"the model of this artifact failed as it ran: {error}",
+                remedy="if memory lasts, compile the model again",
+            ) from error
         return outputs
 
 
@@ -126,13 +137,15 @@ def _check_language_model(path: Path, manifest: Manifest) -> None:
     if pairs and "attention_mask" not in inputs:
         raise _unfit(path, "with a cache, attention_mask must tell the number of tokens so far")
     for past, present in pairs:
-        growing = [size for size in past.shape[1:] if isinstance(size, str)]
-        if (
-            len(growing) != 1
-            or past.dtype != present.dtype
-            or len(past.shape) != len(present.shape)
-        ):
+        if not _grows_along_one_axis(past, present):
             raise _unfit(path, f"the cache {past.name} is not [batch, ..., capacity, ...]")
+
+
+def _grows_along_one_axis(past: ValueInfo, present: ValueInfo) -> bool:
+    if past.dtype != present.dtype or len(past.shape) != len(present.shape):
+        return False
+    sizes = zip(past.shape[1:], present.shape[1:], strict=True)
+    return sum(isinstance(size, str) or size != after for size, after in sizes) == 1
 
 
 def _unfit(path: Path, reason: str) -> ArtifactError:

@@ -8,11 +8,14 @@ from qcompile.backends.base import Capabilities, Finding, Packed, Target
 from qcompile.backends.onnx import fused, quantized
 from qcompile.backends.onnx.emitter import DEFAULT_OPSET, OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
+from qcompile.backends.onnx.notes import notes_of
 from qcompile.backends.onnx.signature import signature_of
+from qcompile.errors import TargetError
 from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
 from qcompile.ir.program import Program
-from qcompile.passes.infra import Context
+from qcompile.passes.infra import Context, PassManager, Phase
+from qcompile.passes.lower.fix_sizes import FixSizes
 from qcompile.progress import Progress
 
 
@@ -22,6 +25,10 @@ class OnnxTarget(Target):
     Args:
         opset: Version of the standard operators. From 23 on, attention, RMS norms and rotary
             embeddings are one operator each.
+        batch: Rows, where a toolchain asks for fixed shapes; by default 1 where `query` is fixed,
+            and else open.
+        query: New tokens of a row, likewise; with a cache, only together with `past`.
+        past: Tokens of a row that the cache holds, likewise.
 
     Attributes:
         opset: The same.
@@ -32,10 +39,21 @@ class OnnxTarget(Target):
 
     name = "onnx"
 
-    def __init__(self, opset: int = DEFAULT_OPSET) -> None:
+    def __init__(
+        self,
+        opset: int = DEFAULT_OPSET,
+        batch: int | None = None,
+        query: int | None = None,
+        past: int | None = None,
+    ) -> None:
         self.opset = opset
         newer = fused.TRANSLATIONS if opset >= fused.FIRST_OPSET else {}
         self._emitter = OnnxEmitter({**newer, **quantized.TRANSLATIONS}, opset=opset)
+        rows = 1 if batch is None and query is not None else batch
+        sizes = {"batch": rows, "query": query, "past": past}
+        fixed = {name: size for name, size in sizes.items() if size is not None}
+        self._fixed = frozenset(fixed)
+        self._phase = Phase("lower", (FixSizes(fixed),) if fixed else ())
 
     @property
     def capabilities(self) -> Capabilities:
@@ -54,9 +72,19 @@ class OnnxTarget(Target):
         ]
 
     def lower(self, program: Program, context: Context) -> Program:
-        """The program as it is: every translation starts from the quantized program."""
-        del context
-        return program.copy()
+        """The quantized program itself, from which all translations start; its sizes fixed.
+
+        Raises:
+            TargetError: A size that is to be fixed does not vary, or not alone.
+        """
+        growing = {"query", "past"}
+        if program.signature.is_causal_lm and len(growing & self._fixed) == 1:
+            (other,) = growing - self._fixed
+            raise TargetError(
+                f"a cache of fixed shape needs query and past: {other} is missing",
+                remedy=f"add {other}=...",
+            )
+        return PassManager([self._phase]).run(program, context)[0]
 
     def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
         """Writes ``model.onnx`` and its weights.
@@ -67,7 +95,8 @@ class OnnxTarget(Target):
         graph = self._emit(program)
         progress.stage("write weights", len(graph.weights))
         stored = write_model(graph, program.weights, directory, progress=progress)
-        return Packed(signature_of(graph, program), tensor_bytes=stored)
+        notes = tuple(notes_of(graph, program))
+        return Packed(signature_of(graph, program), tensor_bytes=stored, notes=notes)
 
     def predict_files(self, program: Program) -> dict[str, int]:
         """Exact sizes of ``model.onnx`` and its weights."""

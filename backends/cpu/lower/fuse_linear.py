@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
 from qcompile.backends.cpu import ops
-from qcompile.backends.cpu.packable import scale_dtype_index, unpackable_reason
+from qcompile.backends.cpu.packable import Packing, packing_of, unpackable_reason
 from qcompile.errors import TargetError
-from qcompile.formats import IntegerFormat, StoredWeight, stored_weight
+from qcompile.formats import LookupFormat, StoredWeight, stored_weight
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import TensorSpec
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, ScaleDtype, pack_linear, packed_size
+from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear, packed_size
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 
 aten = torch.ops.aten
@@ -46,67 +49,97 @@ class FuseLinear(Pass):
             if weight is None:
                 continue
             with editor.before(node):
-                packed, layout = _packed(editor, weight)
+                packed = _packed(editor, weight)
                 if node.target is aten.linear.default:
-                    new = _linear(editor, node, packed, layout)
+                    new = _linear(editor, node, packed)
                 else:
-                    new = editor.call(ops.embedding, node.args[1], packed, *layout)
+                    new = editor.call(ops.embedding, node.args[1], packed.node, *packed.layout)
             editor.replace(node, new)
             result.rewrites += 1
         return result
 
 
-Layout = tuple[int, int, int, int, bool, int]
-"""n, k, bits, group_size, has_zero_point, scale_dtype: as the operators take them."""
+@dataclass(frozen=True)
+class _Packed:
+    """A packed weight: the node that names it, its shape and its attributes."""
+
+    node: fx.Node
+    shape: tuple[int, ...]
+    packing: Packing
+
+    @property
+    def layout(self) -> tuple[int, int, int, int, bool, int, str]:
+        """n, k, bits, group_size, has_zero_point, scale_dtype, coding: arguments of operators."""
+        n, k = self.shape
+        p = self.packing
+        scale_dtype = SCALE_DTYPES.index(p.scale_dtype)
+        return n, k, p.bits, p.group_size, p.has_zero_point, scale_dtype, p.coding
 
 
-def _packed(editor: Editor, weight: StoredWeight) -> tuple[fx.Node, Layout]:
-    format, (n, k) = weight.format, weight.shape
-    reason = unpackable_reason(format)
+def _packed(editor: Editor, weight: StoredWeight) -> _Packed:
+    reason = unpackable_reason(weight.format)
     if reason is not None:
         raise TargetError(
             f"weight '{weight.name}': {reason}",
             remedy="choose another format for it in the recipe, such as int4-g32 or int8",
         )
-    assert isinstance(format, IntegerFormat)
-    scale_dtype = scale_dtype_index(format.scale_dtype)
-    layout = (n, k, format.bits, format.group_size, not format.symmetric, scale_dtype)
-    packed_name = f"{weight.name}.codes.packed"
-    if packed_name not in editor.program.weights:
-        operands = tuple(str(tensor.target) for tensor in weight.tensors.values())
-        _define_packed(editor.program, packed_name, operands, layout)
-    return editor.weight(packed_name), layout
+    packing = packing_of(weight.format)
+    name = f"{weight.name}.codes.packed"
+    if name not in editor.program.weights:
+        _define_packed(editor.program, name, weight, packing)
+    return _Packed(editor.weight(name), weight.shape, packing)
 
 
-def _define_packed(
-    program: Program, packed_name: str, operands: tuple[str, ...], layout: Layout
-) -> None:
-    n, k, bits, group_size, has_zero_point, scale_dtype = layout
-    kind: ScaleDtype = SCALE_DTYPES[scale_dtype]
+def _define_packed(program: Program, name: str, weight: StoredWeight, packing: Packing) -> None:
+    parts = tuple(weight.tensors)
+    n, k = weight.shape
+    levels = None
+    if packing.coding == "table":
+        assert isinstance(weight.format, LookupFormat)
+        levels = np.array(weight.format.levels, np.float32)
 
-    def pack(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+    def pack(*values: Tensor) -> Tensor:
+        tensors = dict(zip(parts, map(_to_numpy, values), strict=True))
+        outer = tensors.get("outer_scale")
         return torch.from_numpy(
             pack_linear(
-                codes.numpy(),
-                scale.float().numpy(),
-                None if zero_point is None else zero_point.numpy(),
-                bits=bits,
-                group_size=group_size,
-                scale_dtype=kind,
+                tensors["codes"],
+                tensors["scale"],
+                tensors.get("zero_point"),
+                bits=packing.bits,
+                group_size=packing.group_size,
+                scale_dtype=packing.scale_dtype,
+                coding=packing.coding,
+                levels=levels,
+                outer_scale=None if outer is None else outer.reshape(-1),
             )
         )
 
     size = packed_size(
-        n, k, bits=bits, group_size=group_size, has_zero_point=has_zero_point, scale_dtype=kind
+        n,
+        k,
+        bits=packing.bits,
+        group_size=packing.group_size,
+        has_zero_point=packing.has_zero_point,
+        scale_dtype=packing.scale_dtype,
+        coding=packing.coding,
     )
+    operands = tuple(str(tensor.target) for tensor in weight.tensors.values())
     spec = TensorSpec((size,), torch.uint8)
-    program.weights.derive(packed_name, operands, pack, spec, exact=True, label="pack")
+    program.weights.derive(name, operands, pack, spec, exact=True, label="pack")
 
 
-def _linear(editor: Editor, node: fx.Node, packed: fx.Node, layout: Layout) -> fx.Node:
-    x, act = _activations(node.args[0], group_size=layout[3])
+def _to_numpy(value: Tensor) -> npt.NDArray[Any]:
+    """As numpy has it: bfloat16 becomes float32."""
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _linear(editor: Editor, node: fx.Node, packed: _Packed) -> fx.Node:
+    x, act = node.args[0], ops.FLOAT_ACTIVATIONS
+    if packed.packing.multiplies_bytes:
+        x, act = _activations(x, packed.packing.group_size)
     bias = node.args[2] if len(node.args) > 2 else None
-    return editor.call(ops.linear, x, packed, bias, None, *layout, act)
+    return editor.call(ops.linear, x, packed.node, bias, None, *packed.layout, act)
 
 
 def _activations(x: Any, group_size: int) -> tuple[Any, str]:
