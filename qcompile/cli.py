@@ -131,6 +131,24 @@ def compile_command(
         bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
     ] = False,
     dequantize: DequantizeFlag = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text file to calibrate on, or 'self': text that the model writes. "
+            "Default: text that every Python carries."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 128,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Memory, such as 2GiB, past which activations go to files."),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where finished calibration work is kept; default: the user's cache."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="For everything random.")] = 0,
     check: CheckOption = "full",
     threads: ThreadsOption = None,
     json_: JsonFlag = False,
@@ -150,6 +168,12 @@ def compile_command(
             overwrite=overwrite,
             threads=threads,
             dequantize=dequantize,
+            calibration=calibration,
+            calibration_samples=samples,
+            calibration_length=length,
+            memory_limit=memory_limit,
+            work_dir=work_dir,
+            seed=seed,
             check=check,
             progress=progress,
         )

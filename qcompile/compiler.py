@@ -8,6 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +19,9 @@ from qcompile.artifact import Artifact, load
 from qcompile.atomic_directory import refuse_to_destroy, write_artifact_directory
 from qcompile.backends.base import Target
 from qcompile.backends.registry import get_target
+from qcompile.calibration.journal import Journal, default_directory
+from qcompile.calibration.settings import Calibration, parse_bytes
+from qcompile.calibration.sources import DataSource
 from qcompile.errors import DataError, ModelError
 from qcompile.frontends.huggingface import capture_model
 from qcompile.frontends.open import capture_path
@@ -55,6 +59,12 @@ def compile(
     overwrite: bool = False,
     threads: int | None = None,
     dequantize: bool = False,
+    calibration: Any = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 512,
+    memory_limit: int | str | None = None,
+    work_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
     check: CheckLevel = "full",
     progress: Progress | None = None,
 ) -> Artifact:
@@ -70,6 +80,17 @@ def compile(
         overwrite: Whether an artifact that stands at `output` may be replaced.
         threads: Threads to compile and to run with; all physical cores by default.
         dequantize: Whether an already quantized checkpoint may be read as floats.
+        calibration: What steps that look at activations run the model on: the path of a text
+            file, texts, token ids, a dataset, ``"self"`` for text that the model writes, or for
+            models that read no tokens a list of inputs. By default the text that every Python
+            carries, or `example_inputs`.
+        calibration_samples: Windows of text to use, at most.
+        calibration_length: Tokens per window.
+        memory_limit: Bytes of this process, or such as ``"2GiB"``, past which activations go to
+            files; results are the same.
+        work_dir: Where finished calibration work is kept and found again; by default in the
+            user's cache directory.
+        seed: For everything random.
         check: How the equivalence of passes is checked: ``"full"`` proves each pass where it
             changed something and compares whole programs after each phase, in float64;
             ``"local"`` only proves passes; ``"off"`` checks structure only.
@@ -85,12 +106,27 @@ def compile(
     resolved = load_recipe(recipe, overrides)
     backend = get_target(target) if isinstance(target, str) else target
     progress = progress or NullProgress()
-    context = Context(progress, checks=checks_for(check))
+    source = DataSource(
+        calibration,
+        samples=calibration_samples,
+        length=calibration_length,
+        seed=seed,
+        examples=example_inputs,
+    )
+    settings = Calibration(
+        source,
+        memory_limit=None if memory_limit is None else parse_bytes(memory_limit),
+        journal=Journal(default_directory() if work_dir is None else Path(work_dir)),
+    )
+    context = Context(progress, seed, settings, checks=checks_for(check))
     report = CompileReport(phases=context.phases)
     with _threads(threads), contextlib.ExitStack() as stack:
         stack.callback(progress.done)
         with _phase(report, progress, "capture"):
             program = open_model(model, example_inputs, dequantize)
+        tokenizer = tokenizer_of(program)
+        if tokenizer is not None:
+            source.tokenize = partial(tokenizer.encode, add_special_tokens=False)
         destination = _destination(output, program, resolved, backend)
         refuse_to_destroy(destination, overwrite)
         program = _run(front_phases(), program, context, report)

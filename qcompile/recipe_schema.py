@@ -104,9 +104,15 @@ class QuantizeWeights(StepOptions):
 
     Attributes:
         format: Format of all weights that nothing below names.
-        method: How codes are chosen; ``"rtn"`` rounds to the nearest.
-        scale_search: What scales minimize: the clipping (``"absmax"``: none is clipped) or the
-            squared error (``"mse"``: slower, better below 8 bit).
+        method: How codes are chosen; ``"rtn"`` rounds to the nearest, ``"gptq"`` and others look
+            at calibration data.
+        options: Options of the method, by name.
+        scale_search: What scales minimize: the clipping (``"absmax"``: none is clipped), the
+            squared error (``"mse"``: slower, better below 8 bit), or that to the power 2.4
+            (``"l2.4"``).
+        sequential: Whose quantized weights calibration data has gone through when it meets a
+            layer: those of every ``"layer"`` before it, of every ``"block"`` before its own, or
+            of ``"none"``.
         ignore: Patterns on names of weights that stay float.
         embedding: Format of the token embedding. None: that of ``lm_head`` where both are one
             tensor, else it stays float.
@@ -115,12 +121,24 @@ class QuantizeWeights(StepOptions):
     """
 
     format: WeightFormat
-    method: Literal["rtn"] = "rtn"
-    scale_search: Literal["absmax", "mse"] = "absmax"
+    method: str = "rtn"
+    options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    scale_search: Literal["absmax", "mse", "l2.4"] = "absmax"
+    sequential: Literal["layer", "block", "none"] = "layer"
     ignore: tuple[Pattern, ...] = ()
     embedding: WeightFormatOrFloat | None = None
     lm_head: WeightFormatOrFloat | None = None
     overrides: tuple[WeightOverride, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_method(self) -> QuantizeWeights:
+        from qcompile.passes.quantize.methods import make_method  # pulls in torch
+
+        try:
+            make_method(self.method, self.options)
+        except QCompileError as error:
+            raise _custom_error("method", error.message, error.remedy) from error
+        return self
 
 
 class QuantizeActivations(StepOptions):
@@ -163,9 +181,29 @@ class Rotate(StepOptions):
     seed: int = 0
 
 
+class Duquant(StepOptions):
+    """Step ``duquant``: rotations in blocks and a permutation before linears, fit to their inputs.
+
+    Needs calibration data. Scale channels first (step ``smooth``), as the paper does.
+
+    Attributes:
+        block_size: Channels per block at most; the largest divisor of an input's channels up to
+            this is taken.
+        steps: Greedy steps to try for each rotation.
+        ignore: Patterns on names of weights whose inputs stay as they are.
+        seed: For the free part of rotations.
+    """
+
+    block_size: int = Field(default=128, ge=2)
+    steps: int = Field(default=256, ge=1)
+    ignore: tuple[Pattern, ...] = ()
+    seed: int = 0
+
+
 STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
     {
         "rotate": Rotate,
+        "duquant": Duquant,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
     }
@@ -173,7 +211,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
-TRANSFORM_STEPS: Final = frozenset({"rotate"})
+TRANSFORM_STEPS: Final = frozenset({"duquant", "rotate"})
 """Steps that change bases and keep the function; weights must still be floats."""
 
 

@@ -80,8 +80,8 @@ def quantize_calibrated(
 ) -> Iterator[Finished]:
     """Quantizes weights of linears with methods that look at their inputs.
 
-    The program is not edited. A weight that several linears share is calibrated on the inputs of
-    the first of them. What the journal knows is not done again.
+    The program gets a note, and its graph is not edited. A weight that several linears share is
+    calibrated on the inputs of the first of them. What the journal knows is not done again.
 
     Args:
         program: The float program.
@@ -99,6 +99,7 @@ def quantize_calibrated(
         ModelError: A weight or its inputs cannot be worked with.
     """
     data = calibration.inputs(program, f"method '{method}'")
+    program.notes += (f"weights are calibrated on {data.description}",)
     steps = _steps(program, jobs, sequential)
     targets = [value for step in steps for value in (*step.values, *step.boundary)]
     with Stream(

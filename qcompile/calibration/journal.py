@@ -27,23 +27,14 @@ class Journal:
     """A directory of entries.
 
     Args:
-        directory: Made if it is not there.
-        kept_bytes: The most that entries may take when a journal is opened.
-
-    Raises:
-        DataError: The directory cannot be written to.
+        directory: Made when the first entry is written.
+        kept_bytes: The most that entries may take at that time.
     """
 
     def __init__(self, directory: Path, *, kept_bytes: int = KEPT_BYTES) -> None:
         self.directory = directory
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._prune(kept_bytes)
-        except OSError as error:
-            raise DataError(
-                f"work directory '{directory}' cannot be used: {error.strerror}",
-                remedy="name another with --work-dir",
-            ) from error
+        self._kept_bytes = kept_bytes
+        self._is_open = False
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of an entry, or None."""
@@ -64,7 +55,10 @@ class Journal:
         path = self._path(key)
         content = safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()})
         try:
-            path.parent.mkdir(exist_ok=True)
+            if not self._is_open:
+                self._prune()
+                self._is_open = True
+            path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(content)
                 file.flush()
@@ -79,13 +73,13 @@ class Journal:
     def _path(self, key: str) -> Path:
         return self.directory / key[:2] / f"{key}{_SUFFIX}"
 
-    def _prune(self, kept_bytes: int) -> None:
+    def _prune(self) -> None:
         """Removes what was used least recently, and what killed processes left half written."""
         found = [path for path in self.directory.glob("??/*") if path.is_file()]
         entries = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in found)
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
-            if total > kept_bytes:
+            if total > self._kept_bytes:
                 path.unlink(missing_ok=True)
                 total -= size
 

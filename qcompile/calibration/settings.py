@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,3 +52,23 @@ class Calibration:
                 remedy="pass calibration= (a text file, texts, tokens, 'self' or example inputs)",
             )
         return self.data if isinstance(self.data, CalibrationData) else self.data(program)
+
+
+_UNITS = {"": 1, "k": 1000, "ki": 1 << 10, "m": 1000**2, "mi": 1 << 20, "g": 1000**3, "gi": 1 << 30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Reads an amount of memory.
+
+    Args:
+        text: Bytes, or a number and a unit: ``"2GiB"``, ``"500 MB"``, ``"1.5G"``.
+
+    Raises:
+        DataError: It is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmg]i?)?b?", str(text).strip().lower())
+    if match is None:
+        raise DataError(
+            f"'{text}' is no amount of memory", remedy="write a number and a unit, such as 2GiB"
+        )
+    return int(float(match[1]) * _UNITS[match[2] or ""])
