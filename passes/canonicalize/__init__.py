@@ -5,6 +5,7 @@ from __future__ import annotations
 from qcompile.ir.program import Program
 from qcompile.passes.canonicalize.drop_no_ops import DropNoOps
 from qcompile.passes.canonicalize.fold_parameters import FoldParameters
+from qcompile.passes.canonicalize.join_parts import JoinParts
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.canonicalize.merge_sizes import MergeSizes
 from qcompile.passes.canonicalize.normalize_linear import NormalizeLinear
@@ -21,6 +22,7 @@ def canonicalize_phase() -> Phase:
             MergeSizes(),
             MergeDuplicates(),
             NormalizeMoves(),
+            JoinParts(),
             NormalizeLinear(),
             FoldParameters(),
             DropNoOps(),
