@@ -44,7 +44,7 @@ def get_target(text: str) -> Target:
         close = difflib.get_close_matches(name, TARGETS, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise RecipeError(
-            f"unknown target '{name}'", remedy=f"{hint}(known: {', '.join(sorted(TARGETS))})"
+            f"unknown target '{name}'", remedy=f"{hint}known: {', '.join(sorted(TARGETS))}"
         )
     module, attribute = TARGETS[name]
     target: type[Target] = getattr(importlib.import_module(module), attribute)

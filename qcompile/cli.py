@@ -395,4 +395,5 @@ def _fail(
 
 def _usage_message(error: typer.TyperException) -> tuple[str, str]:
     command = getattr(getattr(error, "ctx", None), "command_path", "qcompile")
-    return error.format_message().rstrip("."), f"see '{command} --help'"
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # of pydantic
+    return message, f"see '{command} --help'"

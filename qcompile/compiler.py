@@ -105,6 +105,8 @@ def compile(
     """
     resolved = load_recipe(recipe, overrides)
     backend = get_target(target) if isinstance(target, str) else target
+    if output is not None:
+        refuse_to_destroy(Path(output), overwrite)
     progress = progress or NullProgress()
     source = DataSource(
         calibration,
@@ -255,6 +257,11 @@ def open_model(model: Model, example_inputs: Any, dequantize: bool) -> Program:
     if isinstance(model, Program):
         return model
     if isinstance(model, (str, os.PathLike)):
+        if is_artifact(Path(model)):
+            raise ModelError(
+                f"'{os.fspath(model)}' is an artifact: it is compiled already",
+                remedy="pass the model that it was compiled from",
+            )
         return capture_path(model, dequantize=dequantize)
     if not isinstance(model, torch.nn.Module):
         raise ModelError(

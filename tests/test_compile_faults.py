@@ -238,6 +238,16 @@ def test_command_line_says_it_once_and_keeps_an_old_output(
     assert [path.name for path in output.parent.iterdir()] == ["old"]
 
 
+def test_artifact_is_no_model(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="compiled already"):
+        qc.compile(made, output=tmp_path / "out")
+
+
+def test_output_in_the_way_is_refused_before_the_model_is_read(made: Path) -> None:
+    with pytest.raises(ArtifactError, match="holds an artifact already"):
+        qc.compile("no/model", output=made)
+
+
 # --- The real file, cut off ------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ def capture_path(model: str | os.PathLike[str], *, dequantize: bool = False) -> 
     """
     text = os.fspath(model)
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.is_dir() and text:
         return capture_directory(path, dequantize=dequantize)
     if path.is_file() or path.suffix == ".gguf":
         return capture_gguf(path)
