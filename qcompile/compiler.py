@@ -92,7 +92,7 @@ def compile(
             user's cache directory.
         seed: For everything random.
         check: How the equivalence of passes is checked: ``"full"`` proves each pass where it
-            changed something and compares whole programs after each phase, in float64;
+            changed something and compares whole programs before and after phases, in float64;
             ``"local"`` only proves passes; ``"off"`` checks structure only.
         progress: Told what is going on.
 
