@@ -348,7 +348,7 @@ def nbits_tensors(packed: Any, attributes: dict[str, Any]) -> dict[str, np.ndarr
     from qcompile.kernels.cpu.layout import SCALE_DTYPES, unpack_linear
 
     n, k, bits = attributes["N"], attributes["K"], attributes["bits"]
-    codes, scale, zero_point = unpack_linear(
+    unpacked = unpack_linear(
         onnx.numpy_helper.to_array(packed),
         n,
         k,
@@ -359,8 +359,9 @@ def nbits_tensors(packed: Any, attributes: dict[str, Any]) -> dict[str, np.ndarr
     )
     block = attributes["group_size"]
     padding = (0, 0), (0, -k % block)
-    blocks = np.pad(codes, padding).reshape(n, -1, block)
-    tensors = {"codes": nibbles(blocks, bits), "scales": scale.astype(np.float32)}
+    zero_point = unpacked.zero_point
+    blocks = np.pad(unpacked.codes, padding).reshape(n, -1, block)
+    tensors = {"codes": nibbles(blocks, bits), "scales": unpacked.scale.astype(np.float32)}
     if zero_point is not None:
         tensors["zeros"] = nibbles(np.pad(zero_point, ((0, 0), (0, zero_point.shape[1] % 2))), bits)
     return tensors

@@ -1,7 +1,9 @@
-"""Packs integer weights for the CPU kernels.
+"""Packs weights for the CPU kernels.
 
 One format serves every instruction set, and is memory-mapped as it is:
 
+    levels: 2^max(bits, 4) float32, if the coding is "table"
+    outer scales, float32: 16 times the weight's, or one per column of a block
     [ceil(N / 16) column blocks][G groups] {
       16 scales in the scale type
       16 zero points (uint8), if the weight has them
@@ -16,68 +18,133 @@ bits [t * width, (t + 1) * width) of every byte. 4 bits are thus 64 bytes whose 
 k = 0..3 and whose high nibbles are k = 4..7; 6 bits are these and 32 bytes with the codes' upper
 two bits.
 
-The last group is padded along K to a multiple of 8 with its zero point, N to a multiple of 16 with
-scale 0. `kernels/cpu/include/packed_layout.h` is the same in C++.
+Ternary codes stand five to a byte instead. Five consecutive halves of pictures (4 k each) become
+64 bytes; a byte is the fraction ceil(256 * v / 243), where v has the five codes for its ternary
+digits, the first k highest. The up to four halves that are left in a group follow as planes of 2
+bits, 16 bytes each.
+
+The last group is padded along K to a multiple of 8 with the code of 0 (or with code 0), N to a
+multiple of 16 with scale 0. `kernels/cpu/include/packed_layout.h` is the same in C++.
+
+What a code stands for is the weight's *coding*: ``"integer"`` code - zero_point; ``"e2m1"`` and
+``"e4m3"`` small floats by their bits; ``"ternary"`` code - 1; ``"table"`` levels[code].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-KERNEL_LAYOUT_VERSION = 1
+from qcompile.kernels.cpu.pack_codes import COLUMNS, UNIT, CodePacking
+from qcompile.kernels.cpu.pack_scales import (
+    OUTER_SCALES,
+    SCALE_DTYPES,
+    ScaleDtype,
+    decode_scales,
+    encode_scales,
+    is_coded,
+    scale_width,
+)
 
-ScaleDtype = Literal["float32", "float16", "bfloat16"]
-SCALE_DTYPES: tuple[ScaleDtype, ...] = ("float32", "float16", "bfloat16")
-"""Names of the scale types; the index of one is the kernels' attribute `scale_dtype`."""
+__all__ = [
+    "CODINGS",
+    "KERNEL_LAYOUT_VERSION",
+    "OUTER_SCALES",
+    "PACKABLE_BITS",
+    "SCALE_DTYPES",
+    "Coding",
+    "ScaleDtype",
+    "UnpackedLinear",
+    "pack_linear",
+    "packed_size",
+    "unpack_linear",
+]
 
-PACKABLE_BITS = (1, 2, 3, 4, 5, 6, 7, 8)
+KERNEL_LAYOUT_VERSION = 2
 
-_COLUMNS = 16
-_UNIT = 8
-_PICTURE = _COLUMNS * _UNIT
+Coding = Literal["integer", "table", "e2m1", "e4m3", "ternary"]
+CODINGS: dict[Coding, tuple[int, ...]] = {
+    "integer": (1, 2, 3, 4, 5, 6, 7, 8),
+    "table": (1, 2, 3, 4, 5, 6, 7, 8),
+    "e2m1": (4,),
+    "e4m3": (8,),
+    "ternary": (2,),
+}
+"""What codes can stand for, and how many bits they may then have."""
+
+PACKABLE_BITS = CODINGS["integer"]
 
 _Bytes = npt.NDArray[np.uint8]
 _Floats = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True, eq=False)
+class UnpackedLinear:
+    """The tensors of a packed weight.
+
+    Attributes:
+        codes: [N, K] uint8.
+        scale: [N, G] float32, or uint8 codes.
+        zero_point: [N, G] uint8, or None.
+        levels: [2^bits] float32, or None.
+        outer_scale: [1] or [N] float32, or None.
+    """
+
+    codes: _Bytes
+    scale: _Floats | _Bytes
+    zero_point: _Bytes | None
+    levels: _Floats | None
+    outer_scale: _Floats | None
+
+
 def packed_size(
-    n: int, k: int, *, bits: int, group_size: int, has_zero_point: bool, scale_dtype: ScaleDtype
+    n: int,
+    k: int,
+    *,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: ScaleDtype,
+    coding: Coding = "integer",
 ) -> int:
     """Returns the bytes of a packed [n, k] weight.
 
     Raises:
         ValueError: an argument is out of range.
     """
-    geometry = _Geometry.of(
-        n, k, bits=bits, group_size=group_size, zeros=has_zero_point, scale_dtype=scale_dtype
-    )
-    return geometry.blocks * geometry.block_bytes
+    return _Geometry.of(n, k, bits, group_size, has_zero_point, scale_dtype, coding).bytes
 
 
 def pack_linear(
     codes: _Bytes,
-    scale: npt.NDArray[np.floating],
+    scale: npt.NDArray[np.floating] | _Bytes,
     zero_point: _Bytes | None = None,
     *,
     bits: int,
     group_size: int,
     scale_dtype: ScaleDtype = "float16",
+    coding: Coding = "integer",
+    levels: npt.NDArray[np.floating] | None = None,
+    outer_scale: _Floats | None = None,
 ) -> _Bytes:
-    """Packs the weight `(codes - zero_point) * scale`.
+    """Packs a weight: what its codes stand for, times scales.
 
     Args:
         codes: [N, K] uint8, each below 2**bits.
-        scale: [N, G], floats that `scale_dtype` holds exactly: codes were chosen for them.
-        zero_point: [N, G] uint8, each below 2**bits; 2**(bits - 1) everywhere when absent.
+        scale: [N, G], floats that `scale_dtype` holds exactly, for which codes were chosen; or
+            uint8 codes of such a type.
+        zero_point: [N, G] uint8, each below 2**bits; 2**(bits - 1) everywhere when absent. Of
+            integers only.
         bits: 1 to 8.
         group_size: weights per scale along K, a multiple of 16; 0 for one group per row. The last
             group may be short.
         scale_dtype: how scales are stored.
+        coding: what codes stand for.
+        levels: up to 2**bits values, of the coding "table".
+        outer_scale: [1] or [N], as `OUTER_SCALES` says for `scale_dtype`.
 
     Returns:
         The packed bytes, [packed_size(...)] uint8.
@@ -88,17 +155,10 @@ def pack_linear(
     if codes.ndim != 2 or codes.dtype != np.uint8:
         raise ValueError(f"codes must be [N, K] uint8, not {codes.dtype} {list(codes.shape)}")
     n, k = codes.shape
-    geometry = _Geometry.of(
-        n,
-        k,
-        bits=bits,
-        group_size=group_size,
-        zeros=zero_point is not None,
-        scale_dtype=scale_dtype,
-    )
+    geometry = _Geometry.of(n, k, bits, group_size, zero_point is not None, scale_dtype, coding)
     if scale.shape != (n, geometry.groups):
         raise ValueError(f"scale has shape {list(scale.shape)} instead of {[n, geometry.groups]}")
-    _check_codes("codes", codes, bits)
+    _check_codes("codes", codes, bits, coding)
     if zero_point is not None:
         if zero_point.shape != scale.shape or zero_point.dtype != np.uint8:
             raise ValueError(
@@ -107,17 +167,19 @@ def pack_linear(
             )
         _check_codes("zero_point", zero_point, bits)
 
-    scale_bytes = _encode_scales(scale, scale_dtype)
+    scale_bytes = encode_scales(scale, scale_dtype)
     padded = geometry.pad_codes(codes, zero_point)
-    out = np.empty((geometry.blocks, geometry.block_bytes), np.uint8)
+    out = np.empty(geometry.bytes, np.uint8)
+    prefix = np.concatenate((geometry.pad_levels(levels), geometry.pad_outer(outer_scale)))
+    out[: geometry.prefix_bytes] = prefix.astype("<f4").view(np.uint8)
     for span, view in geometry.spans(out):
         header = geometry.scale_bytes
         view[:, :, :header] = geometry.by_block(scale_bytes[:, span.groups])
         if zero_point is not None:
-            view[:, :, header : header + _COLUMNS] = geometry.by_block(zero_point[:, span.groups])
-            header += _COLUMNS
-        _fill_codes(view[:, :, header:], padded[:, span.columns], bits)
-    return out.reshape(-1)
+            view[:, :, header : header + COLUMNS] = geometry.by_block(zero_point[:, span.groups])
+            header += COLUMNS
+        geometry.packing.fill(view[:, :, header:], padded[:, span.columns])
+    return out
 
 
 def unpack_linear(
@@ -129,33 +191,43 @@ def unpack_linear(
     group_size: int,
     has_zero_point: bool,
     scale_dtype: ScaleDtype = "float16",
-) -> tuple[_Bytes, _Floats, _Bytes | None]:
-    """Returns the codes [n, k], scale [n, G] (float32) and zero_point [n, G] of a packed weight.
+    coding: Coding = "integer",
+) -> UnpackedLinear:
+    """The inverse of `pack_linear`.
 
     Raises:
         ValueError: `packed` has not the bytes of such a weight.
     """
-    geometry = _Geometry.of(
-        n, k, bits=bits, group_size=group_size, zeros=has_zero_point, scale_dtype=scale_dtype
-    )
-    expected = geometry.blocks * geometry.block_bytes
-    if packed.dtype != np.uint8 or packed.shape != (expected,):
-        raise ValueError(f"packed must be [{expected}] uint8, not {packed.dtype} {packed.shape}")
-    rows = geometry.blocks * _COLUMNS
+    geometry = _Geometry.of(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
+    if packed.dtype != np.uint8 or packed.shape != (geometry.bytes,):
+        raise ValueError(
+            f"packed must be [{geometry.bytes}] uint8, not {packed.dtype} {packed.shape}"
+        )
+    rows = geometry.blocks * COLUMNS
     codes = np.empty((rows, geometry.padded_k), np.uint8)
-    scale = np.empty((rows, geometry.groups), np.float32)
+    scale = np.empty((rows, geometry.groups), np.uint8 if is_coded(scale_dtype) else np.float32)
     zero_point = np.empty((rows, geometry.groups), np.uint8) if has_zero_point else None
-    for span, view in geometry.spans(packed.reshape(geometry.blocks, geometry.block_bytes)):
+    for span, view in geometry.spans(packed):
         header = geometry.scale_bytes
-        stored = view[:, :, :header].reshape(geometry.blocks, -1, _COLUMNS, header // _COLUMNS)
+        stored = view[:, :, :header].reshape(geometry.blocks, -1, COLUMNS, header // COLUMNS)
         by_row = np.ascontiguousarray(stored.transpose(0, 2, 1, 3)).reshape(rows, -1)
-        scale[:, span.groups] = _decode_scales(by_row, scale_dtype)
+        scale[:, span.groups] = decode_scales(by_row, scale_dtype)
         if zero_point is not None:
-            zeros = view[:, :, header : header + _COLUMNS].transpose(0, 2, 1)
+            zeros = view[:, :, header : header + COLUMNS].transpose(0, 2, 1)
             zero_point[:, span.groups] = zeros.reshape(rows, -1)
-            header += _COLUMNS
-        codes[:, span.columns] = _read_codes(view[:, :, header:], bits)
-    return codes[:n, :k], scale[:n], None if zero_point is None else zero_point[:n]
+            header += COLUMNS
+        columns = span.columns.stop - span.columns.start
+        length = columns // (span.groups.stop - span.groups.start)
+        codes[:, span.columns] = geometry.packing.read(view[:, :, header:], length)
+    floats = packed[: geometry.prefix_bytes].view("<f4").astype(np.float32)
+    levels, outer = floats[: geometry.level_count], floats[geometry.level_count :]
+    return UnpackedLinear(
+        codes[:n, :k],
+        scale[:n],
+        None if zero_point is None else zero_point[:n],
+        levels[: 1 << bits] if coding == "table" else None,
+        outer[: {"weight": 1, "row": n}[OUTER_SCALES[scale_dtype]]] if outer.size else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -170,26 +242,38 @@ class _Span:
 class _Geometry:
     n: int
     k: int
-    bits: int
+    packing: CodePacking
     group_size: int  # K when there is one group per row
     zeros: bool
-    scale_bytes: int  # of the 16 scales of a group
+    scale_dtype: ScaleDtype
+    coding: Coding
 
     @classmethod
     def of(
-        cls, n: int, k: int, *, bits: int, group_size: int, zeros: bool, scale_dtype: ScaleDtype
+        cls,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        zeros: bool,
+        scale_dtype: ScaleDtype,
+        coding: Coding,
     ) -> _Geometry:
         if n <= 0 or k <= 0:
             raise ValueError(f"a weight of shape {[n, k]} cannot be packed")
-        if bits not in PACKABLE_BITS:
-            raise ValueError(f"bits = {bits} cannot be packed; only {PACKABLE_BITS}")
+        if coding not in CODINGS:
+            raise ValueError(f"coding = {coding!r} is none of {tuple(CODINGS)}")
+        if bits not in CODINGS[coding]:
+            raise ValueError(f"bits = {bits} cannot be packed; only {CODINGS[coding]}")
         if group_size < 0 or group_size % 16 != 0:
             raise ValueError(f"group_size = {group_size} is neither 0 nor a multiple of 16")
         if scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype = {scale_dtype!r} is none of {SCALE_DTYPES}")
+        if zeros and coding != "integer":
+            raise ValueError(f"codes of the coding {coding!r} have no zero points")
         effective = k if group_size == 0 or group_size > k else group_size
-        width = 4 if scale_dtype == "float32" else 2
-        return cls(n, k, bits, effective, zeros, _COLUMNS * width)
+        packing = CodePacking(bits, ternary=coding == "ternary")
+        return cls(n, k, packing, effective, zeros, scale_dtype, coding)
 
     @property
     def groups(self) -> int:
@@ -197,25 +281,52 @@ class _Geometry:
 
     @property
     def blocks(self) -> int:
-        return -(-self.n // _COLUMNS)
+        return -(-self.n // COLUMNS)
 
     @property
     def padded_k(self) -> int:
-        return -(-self.k // _UNIT) * _UNIT
+        return -(-self.k // UNIT) * UNIT
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the 16 scales of a group."""
+        return COLUMNS * scale_width(self.scale_dtype)
+
+    @property
+    def level_count(self) -> int:
+        return 1 << max(self.packing.bits, 4) if self.coding == "table" else 0
+
+    @property
+    def outer_count(self) -> int:
+        shared = OUTER_SCALES.get(self.scale_dtype)
+        if shared is None:
+            return 0
+        return COLUMNS if shared == "weight" else self.blocks * COLUMNS
+
+    @property
+    def prefix_bytes(self) -> int:
+        return 4 * (self.level_count + self.outer_count)
 
     @property
     def header_bytes(self) -> int:
-        return self.scale_bytes + (_COLUMNS if self.zeros else 0)
+        return self.scale_bytes + (COLUMNS if self.zeros else 0)
 
     @property
     def block_bytes(self) -> int:
-        return self.groups * self.header_bytes + self.padded_k * _COLUMNS * self.bits // 8
+        last = self.padded_k - (self.groups - 1) * self.group_size
+        full = self.header_bytes + self.packing.size(self.group_size)
+        return (self.groups - 1) * full + self.header_bytes + self.packing.size(last)
 
-    def spans(self, blocks: _Bytes) -> list[tuple[_Span, _Bytes]]:
+    @property
+    def bytes(self) -> int:
+        return self.prefix_bytes + self.blocks * self.block_bytes
+
+    def spans(self, packed: _Bytes) -> list[tuple[_Span, _Bytes]]:
         """The full groups and the short last one, each with its view [blocks, groups, bytes]."""
+        blocks = packed[self.prefix_bytes :].reshape(self.blocks, self.block_bytes)
         full = self.k // self.group_size
         columns = full * self.group_size
-        split = full * (self.header_bytes + self.group_size * _COLUMNS * self.bits // 8)
+        split = full * (self.header_bytes + self.packing.size(self.group_size))
         if full == self.groups:  # a lone group may be padded, too
             columns, split = self.padded_k, self.block_bytes
         result = []
@@ -228,105 +339,56 @@ class _Geometry:
         return result
 
     def pad_codes(self, codes: _Bytes, zero_point: _Bytes | None) -> _Bytes:
-        """Codes as [16 * blocks, padded_k], padded along K with the last group's zero point."""
-        rows = self.blocks * _COLUMNS
+        """Codes as [16 * blocks, padded_k]."""
+        rows = self.blocks * COLUMNS
         if codes.shape == (rows, self.padded_k):
             return np.ascontiguousarray(codes)
         padded = np.zeros((rows, self.padded_k), np.uint8)
         padded[: self.n, : self.k] = codes
-        tail = 1 << (self.bits - 1) if zero_point is None else zero_point[:, -1:]
-        padded[: self.n, self.k :] = tail
+        if zero_point is not None:
+            padded[: self.n, self.k :] = zero_point[:, -1:]
+        else:
+            zero = {"integer": 1 << (self.packing.bits - 1), "ternary": 1}.get(self.coding, 0)
+            padded[: self.n, self.k :] = zero
         return padded
+
+    def pad_levels(self, levels: npt.NDArray[np.floating] | None) -> _Floats:
+        """The levels, the last one repeated; nothing where the coding has none."""
+        if (levels is None) == (self.coding == "table"):
+            raise ValueError(f"levels are given for the coding 'table' only, not {self.coding!r}")
+        if levels is None:
+            return np.empty(0, np.float32)
+        if levels.ndim != 1 or not 1 <= levels.size <= 1 << self.packing.bits:
+            raise ValueError(f"{self.packing.bits} bits cannot tell levels {list(levels.shape)}")
+        return np.pad(levels.astype(np.float32), (0, self.level_count - levels.size), mode="edge")
+
+    def pad_outer(self, outer_scale: _Floats | None) -> _Floats:
+        """The outer scales of every column: nothing where there are none."""
+        shared = OUTER_SCALES.get(self.scale_dtype)
+        expected = None if shared is None else (1,) if shared == "weight" else (self.n,)
+        found = None if outer_scale is None else outer_scale.shape
+        if found != expected:
+            raise ValueError(
+                f"outer_scale has shape {found} instead of {expected} for {self.scale_dtype} scales"
+            )
+        if outer_scale is None:
+            return np.empty(0, np.float32)
+        mode: Literal["edge", "constant"] = "edge" if shared == "weight" else "constant"
+        return np.pad(outer_scale, (0, self.outer_count - outer_scale.size), mode=mode)
 
     def by_block(self, per_row: _Bytes) -> _Bytes:
         """[n, groups(, bytes)] to [blocks, groups, 16 (* bytes)], with zeros for missing rows."""
-        rows = self.blocks * _COLUMNS
+        rows = self.blocks * COLUMNS
         width = per_row.shape[2] if per_row.ndim == 3 else 1
         padded = np.zeros((rows, per_row.shape[1], width), np.uint8)
         padded[: self.n] = per_row.reshape(self.n, per_row.shape[1], width)
-        blocked = padded.reshape(self.blocks, _COLUMNS, per_row.shape[1], width)
+        blocked = padded.reshape(self.blocks, COLUMNS, per_row.shape[1], width)
         by_group: _Bytes = blocked.transpose(0, 2, 1, 3)
         return by_group.reshape(self.blocks, per_row.shape[1], -1)
 
 
-def _check_codes(name: str, values: _Bytes, bits: int) -> None:
-    if bits < 8 and values.size and int(values.max()) >= 1 << bits:
-        raise ValueError(f"{name} hold {int(values.max())}, which {bits} bits do not")
-
-
-def _planes(bits: int) -> Iterator[tuple[int, int, slice]]:
-    """Width, lowest bit in the codes and bytes within a unit of each plane."""
-    lowest = 0
-    for width in (8, 4, 2, 1):
-        if bits & width:
-            yield width, lowest, slice(_COLUMNS * lowest, _COLUMNS * (lowest + width))
-            lowest += width
-
-
-def _fill_codes(out: _Bytes, codes: _Bytes, bits: int) -> None:
-    """Writes [16 * blocks, groups * length] codes to [blocks, groups, bytes]."""
-    blocks, groups, _ = out.shape
-    # 4 consecutive k travel as one word.
-    words = np.ascontiguousarray(codes).view(np.uint32).reshape(blocks, _COLUMNS, groups, -1)
-    words = np.ascontiguousarray(words.transpose(0, 2, 3, 1))
-    pictures = words.view(np.uint8).reshape(blocks, groups, -1, _PICTURE)
-    units = np.empty((*pictures.shape[:-1], _COLUMNS * bits), np.uint8)
-    for width, lowest, where in _planes(bits):
-        mask = np.uint8((1 << width) - 1)
-        parts = pictures.reshape(*pictures.shape[:-1], 8 // width, -1)
-        plane = units[..., where]
-        plane[...] = parts[..., 0, :] >> np.uint8(lowest) & mask
-        for part in range(1, 8 // width):
-            plane |= (parts[..., part, :] >> np.uint8(lowest) & mask) << np.uint8(part * width)
-    out[...] = units.reshape(out.shape)
-
-
-def _read_codes(packed: _Bytes, bits: int) -> _Bytes:
-    """The inverse of `_fill_codes`."""
-    blocks, groups, _ = packed.shape
-    units = np.ascontiguousarray(packed).reshape(blocks, groups, -1, _COLUMNS * bits)
-    pictures = np.zeros((*units.shape[:-1], _PICTURE), np.uint8)
-    for width, lowest, where in _planes(bits):
-        mask = np.uint8((1 << width) - 1)
-        parts = pictures.reshape(*pictures.shape[:-1], 8 // width, -1)
-        for part in range(8 // width):
-            parts[..., part, :] |= (units[..., where] >> np.uint8(part * width) & mask) << np.uint8(
-                lowest
-            )
-    words = pictures.view(np.uint32).reshape(blocks, groups, -1, _COLUMNS)
-    words = np.ascontiguousarray(words.transpose(0, 3, 1, 2))
-    return words.view(np.uint8).reshape(blocks * _COLUMNS, -1)
-
-
-def _encode_scales(scale: npt.NDArray[np.floating], scale_dtype: ScaleDtype) -> _Bytes:
-    """[N, G] scales to [N, G, bytes]."""
-    single = np.ascontiguousarray(scale, dtype="<f4")
-    if scale_dtype == "float32":
-        stored = single.view(np.uint8).reshape(*scale.shape, 4)
-    elif scale_dtype == "float16":
-        with np.errstate(over="ignore"):  # an overflow is caught below
-            half = single.astype("<f2")
-        stored = half.view(np.uint8).reshape(*scale.shape, 2)
-    else:
-        words = single.view("<u4") >> np.uint32(16)
-        stored = words.astype("<u2").view(np.uint8).reshape(*scale.shape, 2)
-    back = _decode_scales(stored.reshape(scale.shape[0], -1), scale_dtype)
-    wrong = back != scale
-    if wrong.any():
-        row, group = (int(i) for i in np.argwhere(wrong)[0])
-        raise ValueError(
-            f"scale[{row}, {group}] = {scale[row, group]!r} is no {scale_dtype}: "
-            "round scales before codes are chosen"
-        )
-    return stored
-
-
-def _decode_scales(stored: _Bytes, scale_dtype: ScaleDtype) -> _Floats:
-    """[N, G * bytes] to [N, G] float32."""
-    contiguous = np.ascontiguousarray(stored)
-    if scale_dtype == "float32":
-        return contiguous.view("<f4").astype(np.float32)
-    if scale_dtype == "float16":
-        return contiguous.view("<f2").astype(np.float32)
-    words: npt.NDArray[np.uint32] = contiguous.view("<u2").astype(np.uint32) << np.uint32(16)
-    return words.view(np.float32)
+def _check_codes(name: str, values: _Bytes, bits: int, coding: Coding = "integer") -> None:
+    largest = 2 if coding == "ternary" else (1 << bits) - 1
+    if values.size and int(values.max()) > largest:
+        kind = "ternary digits" if coding == "ternary" else f"{bits} bits"
+        raise ValueError(f"{name} hold {int(values.max())}, which {kind} do not")

@@ -27,7 +27,12 @@ def lookup(codes: Tensor, scale: Optional[Tensor], levels: str, group_size: int)
     wide = scale is not None and scale.dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
     table = torch.tensor(table_of(levels), dtype=dtype, device=codes.device)
+    return look_up(codes, scale, table, group_size)
+
+
+def look_up(codes: Tensor, scale: Optional[Tensor], table: Tensor, group_size: int) -> Tensor:
+    """`lookup` in a table that is a tensor, [L] floating, whose dtype the result has."""
     values = table.index_select(0, codes.flatten().to(torch.int32)).reshape(codes.shape)
     if scale is None:
         return values
-    return values * spread_groups(scale.to(dtype), codes.shape[-1], group_size)
+    return values * spread_groups(scale.to(table.dtype), codes.shape[-1], group_size)

@@ -36,10 +36,11 @@ class TakeResidual(Rule):
         group_size: Const,
         has_zero_point: Const,
         scale_dtype: Const,
+        coding: Const,
         act: Const,
     ) -> Any:
         """A layer that adds nothing yet, in a sum."""
-        layout = (n, k, bits, group_size, has_zero_point, scale_dtype)
+        layout = (n, k, bits, group_size, has_zero_point, scale_dtype, coding)
         return aten.add.Tensor(ops.linear(x, packed, bias, None, *layout, act), residual)
 
     def check(self, match: Match) -> str | None:
@@ -51,6 +52,6 @@ class TakeResidual(Rule):
 
     def rewrite(self, match: Match, edit: Editor) -> fx.Node:
         """The layer with its residual."""
-        names = ("n", "k", "bits", "group_size", "has_zero_point", "scale_dtype", "act")
+        layout = ("n", "k", "bits", "group_size", "has_zero_point", "scale_dtype", "coding")
         operands = (match["x"], match["packed"], match["bias"], match["residual"])
-        return edit.call(ops.linear, *operands, *(match[name] for name in names))
+        return edit.call(ops.linear, *operands, *(match[name] for name in (*layout, "act")))

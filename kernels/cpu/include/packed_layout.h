@@ -1,5 +1,7 @@
 // The storage format of a packed linear weight. `kernels/cpu/layout.py` writes it.
 //
+//   levels: 2^max(bits, 4) float32, if the coding is a table
+//   outer scales, float32: 16 times the weight's, or one per column of a block
 //   [ceil(N / 16) column blocks][G groups] {
 //     16 scales in the scale type
 //     16 zero points, uint8, if the weight has them
@@ -14,21 +16,51 @@
 // are k = 0..3 and whose high nibbles are k = 4..7; 6 bits are these and 32 bytes with the codes'
 // upper two bits.
 //
-// The last group is padded along K to a multiple of 8 with its zero point, N to a multiple of 16
-// with scale 0. One 64-byte half of the picture holds 4 consecutive k of 16 columns: what a dot
-// product of bytes wants, with no sums across lanes, and scales in the same stream as their codes.
+// Ternary codes stand five to a byte instead. Five consecutive halves of pictures ("quads", 4 k
+// each) become 64 bytes; a byte is the fraction ceil(256 * v / 243), where v has the five codes for
+// its ternary digits, the first k highest. The up to four quads that are left in a group follow as
+// planes of 2 bits, 16 bytes each.
+//
+// The last group is padded along K to a multiple of 8 with the code of 0 (or with code 0), N to a
+// multiple of 16 with scale 0. One 64-byte half of the picture holds 4 consecutive k of 16 columns:
+// what a dot product of bytes wants, with no sums across lanes, and scales in the same stream as
+// their codes.
 #ifndef QCOMPILE_CPU_PACKED_LAYOUT_H_
 #define QCOMPILE_CPU_PACKED_LAYOUT_H_
 
 #include <cstdint>
 
+// Files of several instruction sets include this one. A function that was not inlined would be in
+// all of their objects, and the linker would keep any: perhaps one that the machine cannot run.
+#define QCOMPILE_ALWAYS_INLINE [[gnu::always_inline]] inline
+
 namespace qcompile::cpu {
 
-constexpr int kLayoutVersion = 1;
-constexpr int64_t kColumns = 16;  // columns per block: lanes of the widest vector
-constexpr int64_t kUnit = 8;      // k per unit of codes
+constexpr int kLayoutVersion = 2;
+constexpr int64_t kColumns = 16;    // columns per block: lanes of the widest vector
+constexpr int64_t kUnit = 8;        // k per unit of codes
+constexpr int64_t kQuad = 4;        // k per quad
+constexpr int64_t kQuadBytes = 64;  // of a quad's codes, one byte each
+constexpr int64_t kTrits = 5;       // ternary codes per byte
+constexpr int64_t kLeftoverQuadBytes = 16;
 
-enum class ScaleType : int { kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2 };
+enum class ScaleType : int {
+  kFloat32 = 0,
+  kFloat16 = 1,
+  kBfloat16 = 2,
+  kE8m0 = 3,   // a power of two: the exponent of a float32
+  kE4m3 = 4,   // an 8-bit float, times an outer scale of the weight
+  kUint8 = 5,  // a whole number, times an outer scale of the column
+};
+
+// What a code stands for, before scales.
+enum class Coding : int {
+  kInteger,  // code - zero point
+  kTable,    // levels[code]
+  kE2m1,     // a float of 4 bits
+  kE4m3,     // a float of 8 bits
+  kTernary,  // code - 1
+};
 
 struct PackedLayout {
   int64_t n;
@@ -37,27 +69,66 @@ struct PackedLayout {
   int bits;
   bool has_zero_point;
   ScaleType scale_type;
+  Coding coding;
 
-  int64_t groups() const { return (k + group_size - 1) / group_size; }
-  int64_t column_blocks() const { return (n + kColumns - 1) / kColumns; }
-  int64_t padded_k() const { return (k + kUnit - 1) / kUnit * kUnit; }
-  int64_t scale_bytes() const {
-    return kColumns * (scale_type == ScaleType::kFloat32 ? sizeof(float) : sizeof(uint16_t));
+  QCOMPILE_ALWAYS_INLINE int64_t groups() const { return (k + group_size - 1) / group_size; }
+  QCOMPILE_ALWAYS_INLINE int64_t column_blocks() const { return (n + kColumns - 1) / kColumns; }
+  QCOMPILE_ALWAYS_INLINE int64_t padded_k() const { return (k + kUnit - 1) / kUnit * kUnit; }
+
+  QCOMPILE_ALWAYS_INLINE int64_t level_bytes() const {
+    if (coding != Coding::kTable) return 0;
+    return static_cast<int64_t>(sizeof(float)) << (bits < 4 ? 4 : bits);
   }
-  int64_t header_bytes() const { return scale_bytes() + (has_zero_point ? kColumns : 0); }
-  int64_t unit_bytes() const { return kColumns * bits; }
+  QCOMPILE_ALWAYS_INLINE int64_t outer_scale_bytes() const {
+    constexpr int64_t kBlockBytes = kColumns * sizeof(float);
+    if (scale_type == ScaleType::kE4m3) return kBlockBytes;
+    return scale_type == ScaleType::kUint8 ? column_blocks() * kBlockBytes : 0;
+  }
+  // Where the outer scales of a column block stand, if there are any.
+  QCOMPILE_ALWAYS_INLINE int64_t outer_scales_at(int64_t block) const {
+    const bool per_column = scale_type == ScaleType::kUint8;
+    return level_bytes() + (per_column ? block * kColumns * int64_t{sizeof(float)} : 0);
+  }
+  QCOMPILE_ALWAYS_INLINE int64_t block_at(int64_t block) const {
+    return level_bytes() + outer_scale_bytes() + block * column_block_bytes();
+  }
+
+  QCOMPILE_ALWAYS_INLINE int64_t scale_bytes() const {
+    switch (scale_type) {
+      case ScaleType::kFloat32:
+        return kColumns * sizeof(float);
+      case ScaleType::kFloat16:
+      case ScaleType::kBfloat16:
+        return kColumns * sizeof(uint16_t);
+      default:
+        return kColumns;
+    }
+  }
+  QCOMPILE_ALWAYS_INLINE int64_t header_bytes() const {
+    return scale_bytes() + (has_zero_point ? kColumns : 0);
+  }
+  QCOMPILE_ALWAYS_INLINE int64_t unit_bytes() const { return kColumns * bits; }
   // Units of 8 k in group `g`.
-  int64_t group_units(int64_t g) const {
+  QCOMPILE_ALWAYS_INLINE int64_t group_units(int64_t g) const {
     const int64_t begin = g * group_size;
     const int64_t end = begin + group_size < k ? begin + group_size : padded_k();
     return (end - begin) / kUnit;
   }
-  // Distance between the heads of two neighbouring groups.
-  int64_t group_bytes() const { return header_bytes() + group_size / kUnit * unit_bytes(); }
-  int64_t column_block_bytes() const {
-    return groups() * header_bytes() + padded_k() / kUnit * unit_bytes();
+  // Bytes of the codes of a group.
+  QCOMPILE_ALWAYS_INLINE int64_t code_bytes(int64_t units) const {
+    if (coding != Coding::kTernary) return units * unit_bytes();
+    const int64_t quads = units * (kUnit / kQuad);
+    return quads / kTrits * kQuadBytes + quads % kTrits * kLeftoverQuadBytes;
   }
-  int64_t total_bytes() const { return column_blocks() * column_block_bytes(); }
+  // Distance between the heads of two neighbouring groups.
+  QCOMPILE_ALWAYS_INLINE int64_t group_bytes() const {
+    return header_bytes() + code_bytes(group_size / kUnit);
+  }
+  QCOMPILE_ALWAYS_INLINE int64_t column_block_bytes() const {
+    const int64_t last = groups() - 1;
+    return last * group_bytes() + header_bytes() + code_bytes(group_units(last));
+  }
+  QCOMPILE_ALWAYS_INLINE int64_t total_bytes() const { return block_at(column_blocks()); }
 };
 
 }  // namespace qcompile::cpu

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompile.kernels.cpu.layout import (
+    CODINGS,
+    OUTER_SCALES,
     PACKABLE_BITS,
     SCALE_DTYPES,
+    Coding,
     ScaleDtype,
     pack_linear,
     packed_size,
@@ -100,44 +105,84 @@ def test_padding_is_zero_weight() -> None:
     np.testing.assert_array_equal(packed[48 + 5 * 64 : 48 + 5 * 64 + 12], 5)
 
 
-@given(
-    n=st.integers(1, 40),
-    k=st.integers(1, 150),
-    bits=st.sampled_from(PACKABLE_BITS),
-    group_size=st.sampled_from([0, 16, 32, 48, 64, 128]),
-    zeros=st.booleans(),
-    scale_dtype=st.sampled_from(SCALE_DTYPES),
-    seed=st.integers(0, 1000),
-)
-def test_unpack_is_the_inverse_of_pack(
-    n: int, k: int, bits: int, group_size: int, zeros: bool, scale_dtype: ScaleDtype, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    groups = 1 if group_size == 0 else -(-k // group_size)
-    codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
-    scale = rng.integers(1, 128, (n, groups)).astype(np.float32) / 64  # exact in every type
-    zero = rng.integers(0, 1 << bits, (n, groups), dtype=np.uint8) if zeros else None
+@st.composite
+def weights(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and options of `pack_linear`."""
+    n, k = draw(st.integers(1, 40)), draw(st.integers(1, 150))
+    coding: Coding = draw(st.sampled_from(tuple(CODINGS)))
+    bits = draw(st.sampled_from(CODINGS[coding]))
+    group_size = draw(st.sampled_from([0, 16, 32, 48, 64, 128]))
+    scale_dtype: ScaleDtype = draw(st.sampled_from(SCALE_DTYPES))
+    zeros = coding == "integer" and draw(st.booleans())
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    grouped = (n, 1 if group_size == 0 else -(-k // group_size))
+    scale = rng.integers(1, 128, grouped, dtype=np.uint8)
+    shared = {"weight": 1, "row": n}.get(OUTER_SCALES.get(scale_dtype, ""))
+    tensors = {
+        "codes": rng.integers(0, 3 if coding == "ternary" else 1 << bits, (n, k), dtype=np.uint8),
+        # Exact in every type.
+        "scale": scale if scale_dtype in SCALE_DTYPES[3:] else scale.astype(np.float32) / 64,
+        "zero_point": rng.integers(0, 1 << bits, grouped, dtype=np.uint8) if zeros else None,
+        "levels": rng.random(1 << bits, np.float32) if coding == "table" else None,
+        "outer_scale": None if shared is None else rng.random(shared, np.float32),
+    }
+    options = {"bits": bits, "group_size": group_size, "scale_dtype": scale_dtype, "coding": coding}
+    return tensors, options
+
+
+@given(weights())
+def test_unpack_is_the_inverse_of_pack(weight: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    tensors, options = weight
+    shape = tensors["codes"].shape
+    described = {**options, "has_zero_point": tensors["zero_point"] is not None}
+    packed = pack_linear(**tensors, **options)
+    assert packed.size == packed_size(*shape, **described)
+    back = unpack_linear(packed, *shape, **described)
+    for name, tensor in tensors.items():
+        found = getattr(back, name)
+        if tensor is None:
+            assert found is None
+        else:
+            np.testing.assert_array_equal(found, tensor)
+
+
+def test_ternary_codes_are_where_the_format_says() -> None:
+    # 28 k are 7 quads: five share bytes, two stand in planes of 2 bits.
+    codes = np.random.default_rng(0).integers(0, 3, (16, 28), dtype=np.uint8)
     packed = pack_linear(
-        codes, scale, zero, bits=bits, group_size=group_size, scale_dtype=scale_dtype
+        codes, np.ones((16, 1), np.float16), bits=2, group_size=0, coding="ternary"
     )
-    assert packed.size == packed_size(
-        n, k, bits=bits, group_size=group_size, has_zero_point=zeros, scale_dtype=scale_dtype
+    # K is padded to 32: one quad more.
+    assert packed.shape == (32 + 64 + 3 * 16,)
+    for lane, k in [(0, 0), (3, 1), (15, 3)]:
+        number = 0
+        for digit in range(5):
+            number = 3 * number + int(codes[lane, 4 * digit + k])
+        assert packed[32 + 4 * lane + k] == -(-256 * number // 243)
+    for lane, k in [(0, 20), (7, 25), (15, 27)]:
+        quad, at = (k - 20) // 4, 4 * lane + k % 4
+        assert packed[96 + 16 * quad + at % 16] >> 2 * (at // 16) & 3 == codes[lane, k]
+
+
+def test_levels_and_outer_scales_come_first() -> None:
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 6, (18, 16), dtype=np.uint8)
+    levels, outer = rng.random(6, np.float32), rng.random(18, np.float32)
+    packed = pack_linear(
+        codes,
+        np.full((18, 1), 7, np.uint8),
+        bits=3,
+        group_size=0,
+        scale_dtype="uint8",
+        coding="table",
+        levels=levels,
+        outer_scale=outer,
     )
-    back_codes, back_scale, back_zero = unpack_linear(
-        packed,
-        n,
-        k,
-        bits=bits,
-        group_size=group_size,
-        has_zero_point=zeros,
-        scale_dtype=scale_dtype,
-    )
-    np.testing.assert_array_equal(back_codes, codes)
-    np.testing.assert_array_equal(back_scale, scale)
-    if zero is None:
-        assert back_zero is None
-    else:
-        np.testing.assert_array_equal(back_zero, zero)
+    floats = packed[: 4 * (16 + 32)].view(np.float32)
+    np.testing.assert_array_equal(floats[:6], levels)
+    np.testing.assert_array_equal(floats[6:16], levels[-1])
+    np.testing.assert_array_equal(floats[16:], [*outer, *[0] * 14])
+    assert packed.size == 4 * (16 + 32) + 2 * (16 + 2 * 48)
 
 
 def _codes(value: int = 0) -> np.ndarray:
@@ -165,6 +210,14 @@ def _scale(value: float = 1.0, groups: int = 1) -> np.ndarray:
         ((_codes(), _scale()), {"group_size": 8}, "group_size = 8"),
         ((_codes(), _scale()), {"scale_dtype": "float64"}, "scale_dtype = 'float64'"),
         ((_codes()[:0], _scale()[:0]), {}, "cannot be packed"),
+        ((_codes(3), _scale()), {"coding": "ternary", "bits": 2}, "ternary digits do not"),
+        ((_codes(), _scale()), {"coding": "e4m3"}, "bits = 4"),
+        ((_codes(), _scale()), {"coding": "posit"}, "coding = 'posit'"),
+        ((_codes(), _scale()), {"coding": "table"}, "levels are given"),
+        ((_codes(), _scale()), {"coding": "table", "levels": np.zeros(17)}, "cannot tell levels"),
+        ((_codes(), _scale()), {"scale_dtype": "e8m0"}, "are uint8 codes"),
+        ((_codes(), _codes()[:, :1]), {"scale_dtype": "e4m3"}, "outer_scale has shape None"),
+        ((_codes(), _scale(), _codes()[:, :1]), {"coding": "e2m1"}, "have no zero points"),
     ],
 )
 def test_bad_weights_are_refused(arguments, options, message) -> None:

@@ -8,14 +8,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512",
-    QuantizeActivations,
-    Linear<LinearInt8Kernel>,
-    Linear<LinearFloatKernel>,
-    Attention,
-    RmsNorm,
-    GatedActivation,
-    Hadamard,
+    "avx512", QuantizeActivations, LinearInt8, LinearFloat, Attention,
+    RmsNorm,  GatedActivation,     Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -109,7 +109,8 @@ void QuantizeActivations(const QuantizeRow& row) {
   if (!row.scale_per_group) row.scales[0] = scale;
   for (int64_t begin = 0, g = 0; begin < row.k; begin += row.group_size, ++g) {
     const int64_t count = Least(row.group_size, row.k - begin);
-    const int64_t padded = Least(row.group_size, row.padded_k - begin);
+    const bool last = begin + row.group_size >= row.k;
+    const int64_t padded = last ? row.padded_k - begin : row.group_size;
     if (row.scale_per_group) {
       scale = Int8Scale(row.x + begin, count);
       row.scales[g] = scale;

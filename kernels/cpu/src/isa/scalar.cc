@@ -8,14 +8,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kScalarKernels = {
-    "scalar",
-    QuantizeActivations,
-    Linear<LinearInt8Kernel>,
-    Linear<LinearFloatKernel>,
-    Attention,
-    RmsNorm,
-    GatedActivation,
-    Hadamard,
+    "scalar", QuantizeActivations, LinearInt8, LinearFloat, Attention,
+    RmsNorm,  GatedActivation,     Hadamard,
 };
 
 }  // namespace qcompile::cpu

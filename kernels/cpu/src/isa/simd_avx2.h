@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codings.h"
 #include "packed_layout.h"
 
 namespace qcompile::cpu {
@@ -114,6 +115,11 @@ inline F PowerOfTwo(I exponent) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent.lo, bias), 23)),
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent.hi, bias), 23))};
 }
+template <int kPlaces>
+inline I ShiftLeft(I a) {
+  return {_mm256_slli_epi32(a.lo, kPlaces), _mm256_slli_epi32(a.hi, kPlaces)};
+}
+inline F AsFloat(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 inline void StoreInt8(int8_t* p, I a) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
   const __m128i bytes =
@@ -209,6 +215,77 @@ inline I ExtractByte(Bytes codes) {
   const __m256i mask = _mm256_set1_epi32(0xff);
   return {_mm256_and_si256(_mm256_srli_epi32(codes.lo, 8 * kByte), mask),
           _mm256_and_si256(_mm256_srli_epi32(codes.hi, 8 * kByte), mask)};
+}
+
+struct FloatTable {
+  __m256 low, high;  // entries 0 to 7, and 8 to 15
+};
+struct ByteTable {
+  __m256i v;
+};
+inline FloatTable LoadFloatTable(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+inline ByteTable LoadByteTable(const uint8_t* p) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+template <int kByte>
+inline __m256 LookUpEight(FloatTable table, __m256i codes) {
+  // A permutation reads the lowest three bits of an index, a blend the highest bit of a lane.
+  const __m256i index = _mm256_srli_epi32(codes, 8 * kByte);
+  const __m256i eighth = _mm256_slli_epi32(codes, 28 - 8 * kByte);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, index),
+                          _mm256_permutevar8x32_ps(table.high, index), _mm256_castsi256_ps(eighth));
+}
+template <int kByte>
+inline F LookUp(FloatTable table, Bytes codes) {
+  return {LookUpEight<kByte>(table, codes.lo), LookUpEight<kByte>(table, codes.hi)};
+}
+template <int kByte>
+inline F LookUpInMemory(const float* table, Bytes codes) {
+  const I index = ExtractByte<kByte>(codes);
+  return {_mm256_i32gather_ps(table, index.lo, sizeof(float)),
+          _mm256_i32gather_ps(table, index.hi, sizeof(float))};
+}
+inline Bytes LookUp(ByteTable table, Bytes codes) {
+  return {_mm256_shuffle_epi8(table.v, codes.lo), _mm256_shuffle_epi8(table.v, codes.hi)};
+}
+template <int kByte>
+inline __m256 DecodeEightE4m3(__m256i codes) {
+  const __m256i high = _mm256_slli_epi32(codes, 24 - 8 * kByte);
+  const __m256i sign = _mm256_and_si256(high, _mm256_set1_epi32(INT32_MIN));
+  const __m256i rest = _mm256_and_si256(_mm256_srli_epi32(high, 4), _mm256_set1_epi32(0x07f00000));
+  return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_or_si256(sign, rest)),
+                       _mm256_set1_ps(kE4m3Exponents));
+}
+template <int kByte>
+inline F DecodeE4m3(Bytes codes) {
+  return {DecodeEightE4m3<kByte>(codes.lo), DecodeEightE4m3<kByte>(codes.hi)};
+}
+
+inline Bytes LoadQuad(const uint8_t* p) { return {Load32(p), Load32(p + 32)}; }
+inline __m256i FirstDigit(__m256i fraction) {
+  // 3 x reaches 256 at 86 and 512 at 171.
+  const __m256i one = _mm256_set1_epi8(1);
+  const __m256i past_85 = _mm256_subs_epu8(fraction, _mm256_set1_epi8(85));
+  const __m256i past_170 = _mm256_subs_epu8(fraction, _mm256_set1_epi8(static_cast<char>(170)));
+  return _mm256_add_epi8(_mm256_min_epu8(past_85, one), _mm256_min_epu8(past_170, one));
+}
+inline Bytes FirstDigit(Bytes fraction) {
+  return {FirstDigit(fraction.lo), FirstDigit(fraction.hi)};
+}
+inline Bytes NextDigits(Bytes fraction) {
+  return {_mm256_add_epi8(fraction.lo, _mm256_add_epi8(fraction.lo, fraction.lo)),
+          _mm256_add_epi8(fraction.hi, _mm256_add_epi8(fraction.hi, fraction.hi))};
+}
+inline Bytes LoadLeftoverQuad(const uint8_t* p) {
+  const __m256i plane =
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i mask = _mm256_set1_epi8(3);
+  const __m256i first = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2);
+  const __m256i second = _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6);
+  return {_mm256_and_si256(_mm256_srlv_epi32(plane, first), mask),
+          _mm256_and_si256(_mm256_srlv_epi32(plane, second), mask)};
 }
 
 inline void Transpose8(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {

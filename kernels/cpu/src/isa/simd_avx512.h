@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codings.h"
 #include "packed_layout.h"
 
 namespace qcompile::cpu {
@@ -69,6 +70,11 @@ inline F PowerOfTwo(I exponent) {
   return {_mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_add_epi32(exponent.v, _mm512_set1_epi32(127)), 23))};
 }
+template <int kPlaces>
+inline I ShiftLeft(I a) {
+  return {_mm512_slli_epi32(a.v, kPlaces)};
+}
+inline F AsFloat(I a) { return {_mm512_castsi512_ps(a.v)}; }
 inline void StoreInt8(int8_t* p, I a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
@@ -130,6 +136,56 @@ inline I DotAccumulate(I sum, Bytes codes, int32_t four_signed) {
 template <int kByte>
 inline I ExtractByte(Bytes codes) {
   return {_mm512_and_si512(_mm512_srli_epi32(codes.v, 8 * kByte), _mm512_set1_epi32(0xff))};
+}
+
+struct FloatTable {
+  __m512 v;
+};
+struct ByteTable {
+  __m512i v;
+};
+inline FloatTable LoadFloatTable(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline ByteTable LoadByteTable(const uint8_t* p) {
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+template <int kByte>
+inline F LookUp(FloatTable table, Bytes codes) {
+  // A permutation reads no more than the lowest four bits of each index.
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.v, 8 * kByte), table.v)};
+}
+template <int kByte>
+inline F LookUpInMemory(const float* table, Bytes codes) {
+  return {_mm512_i32gather_ps(ExtractByte<kByte>(codes).v, table, sizeof(float))};
+}
+inline Bytes LookUp(ByteTable table, Bytes codes) {
+  return {_mm512_shuffle_epi8(table.v, codes.v)};
+}
+template <int kByte>
+inline F DecodeE4m3(Bytes codes) {
+  const __m512i high = _mm512_slli_epi32(codes.v, 24 - 8 * kByte);
+  const __m512i sign = _mm512_and_si512(high, _mm512_set1_epi32(INT32_MIN));
+  constexpr int kOrAnd = 0xf8;  // a | (b & c)
+  const __m512i bits = _mm512_ternarylogic_epi32(sign, _mm512_srli_epi32(high, 4),
+                                                 _mm512_set1_epi32(0x07f00000), kOrAnd);
+  return {_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(kE4m3Exponents))};
+}
+
+inline Bytes LoadQuad(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes FirstDigit(Bytes fraction) {
+  // 3 x reaches 256 at 86 and 512 at 171.
+  const __m512i one = _mm512_set1_epi8(1);
+  const __m512i past_85 = _mm512_subs_epu8(fraction.v, _mm512_set1_epi8(85));
+  const __m512i past_170 = _mm512_subs_epu8(fraction.v, _mm512_set1_epi8(static_cast<char>(170)));
+  return {_mm512_add_epi8(_mm512_min_epu8(past_85, one), _mm512_min_epu8(past_170, one))};
+}
+inline Bytes NextDigits(Bytes fraction) {
+  return {_mm512_add_epi8(fraction.v, _mm512_add_epi8(fraction.v, fraction.v))};
+}
+inline Bytes LoadLeftoverQuad(const uint8_t* p) {
+  const __m512i plane =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i places = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+  return {_mm512_and_si512(_mm512_srlv_epi32(plane, places), _mm512_set1_epi8(3))};
 }
 
 // Transposes 16 rows of 16 floats.

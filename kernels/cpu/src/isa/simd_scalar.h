@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codings.h"
 #include "packed_layout.h"
 
 namespace qcompile::cpu {
@@ -153,6 +154,17 @@ inline F PowerOfTwo(const I& exponent) {
   memcpy(r.v, bits, sizeof(bits));
   return r;
 }
+template <int kPlaces>
+inline I ShiftLeft(const I& a) {
+  return ForLanes<I>(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kPlaces); });
+}
+// The same bits as a float.
+inline F AsFloat(const I& a) {
+  F r;
+  memcpy(r.v, a.v, sizeof(r.v));
+  return r;
+}
 // Sixteen saturated int8.
 inline void StoreInt8(int8_t* p, const I& a) {
   for (int i = 0; i < 16; ++i) {
@@ -223,6 +235,74 @@ inline I DotAccumulate(const I& sum, const Bytes& codes, int32_t four_signed) {
 template <int kByte>
 inline I ExtractByte(const Bytes& codes) {
   return ForLanes<I>([&](int i) { return static_cast<int32_t>(codes.v[4 * i + kByte]); });
+}
+
+// Sixteen floats to look up, and sixteen bytes.
+struct FloatTable {
+  float v[16];
+};
+struct ByteTable {
+  uint8_t v[16];
+};
+inline FloatTable LoadFloatTable(const float* p) {
+  FloatTable r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+inline ByteTable LoadByteTable(const uint8_t* p) {
+  ByteTable r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+// table[code] for the codes of one k, all below 16.
+template <int kByte>
+inline F LookUp(const FloatTable& table, const Bytes& codes) {
+  return ForLanes<F>([&](int i) { return table.v[codes.v[4 * i + kByte]]; });
+}
+// The same for a table of any size.
+template <int kByte>
+inline F LookUpInMemory(const float* table, const Bytes& codes) {
+  return ForLanes<F>([&](int i) { return table[codes.v[4 * i + kByte]]; });
+}
+// table[code] for all codes, which are below 16.
+inline Bytes LookUp(const ByteTable& table, const Bytes& codes) {
+  Bytes r;
+  for (int i = 0; i < 64; ++i) r.v[i] = table.v[codes.v[i]];
+  return r;
+}
+// The floats of 8 bits that the codes of one k are.
+template <int kByte>
+inline F DecodeE4m3(const Bytes& codes) {
+  return ForLanes<F>([&](int i) {
+    const uint32_t code = codes.v[4 * i + kByte];
+    const uint32_t bits = (code & 0x80u) << 24 | (code & 0x7fu) << 20;
+    float r;
+    memcpy(&r, &bits, sizeof(r));
+    return r * kE4m3Exponents;
+  });
+}
+
+// Ternary codes: a byte is a fraction whose first digit is its integer part once it is tripled.
+inline Bytes LoadQuad(const uint8_t* p) {
+  Bytes r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+inline Bytes FirstDigit(const Bytes& fraction) {
+  Bytes r;
+  for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(fraction.v[i] * 3 >> 8);
+  return r;
+}
+inline Bytes NextDigits(const Bytes& fraction) {
+  Bytes r;
+  for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(fraction.v[i] * 3);
+  return r;
+}
+// A quad of codes of 2 bits.
+inline Bytes LoadLeftoverQuad(const uint8_t* p) {
+  Bytes r;
+  for (int i = 0; i < 64; ++i) r.v[i] = p[i % 16] >> i / 16 * 2 & 3;
+  return r;
 }
 
 // Transposes 16 rows of 16 floats.

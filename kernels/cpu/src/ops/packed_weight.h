@@ -6,6 +6,30 @@
 
 namespace qcompile::cpu {
 
+inline Coding ReadCoding(const Attributes& attributes) {
+  const std::string coding = attributes.String("coding", "integer");
+  if (coding == "integer") return Coding::kInteger;
+  if (coding == "table") return Coding::kTable;
+  if (coding == "e2m1") return Coding::kE2m1;
+  if (coding == "e4m3") return Coding::kE4m3;
+  if (coding == "ternary") return Coding::kTernary;
+  Fail("coding = '", coding, "' is none of 'integer', 'table', 'e2m1', 'e4m3', 'ternary'");
+}
+
+// Bits of the codes of a coding, or 0 where any number will do.
+inline int FixedBits(Coding coding) {
+  switch (coding) {
+    case Coding::kE2m1:
+      return 4;
+    case Coding::kE4m3:
+      return 8;
+    case Coding::kTernary:
+      return 2;
+    default:
+      return 0;
+  }
+}
+
 inline PackedLayout ReadLayout(const Attributes& attributes) {
   constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
   PackedLayout layout;
@@ -26,9 +50,15 @@ inline PackedLayout ReadLayout(const Attributes& attributes) {
           " is neither 0 nor 1");
   layout.has_zero_point = has_zero_point == 1;
   const int64_t scale_type = attributes.Int("scale_dtype");
-  Require(scale_type >= 0 && scale_type <= 2, "scale_dtype = ", scale_type,
-          " is none of 0 (float32), 1 (float16), 2 (bfloat16)");
+  Require(scale_type >= 0 && scale_type <= 5, "scale_dtype = ", scale_type,
+          " is none of 0 (float32), 1 (float16), 2 (bfloat16), 3 (e8m0), 4 (e4m3), 5 (uint8)");
   layout.scale_type = static_cast<ScaleType>(scale_type);
+  layout.coding = ReadCoding(attributes);
+  Require(layout.coding == Coding::kInteger || !layout.has_zero_point,
+          "only integers have zero points");
+  const int fixed_bits = FixedBits(layout.coding);
+  Require(fixed_bits == 0 || fixed_bits == layout.bits, "bits = ", layout.bits,
+          ", but the coding has ", fixed_bits);
   return layout;
 }
 

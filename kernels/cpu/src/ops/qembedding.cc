@@ -1,6 +1,8 @@
 // QEmbedding: rows of a packed weight, dequantized, times a constant.
+#include <algorithm>
 #include <cstring>
 
+#include "codings.h"
 #include "packed_weight.h"
 
 namespace qcompile::cpu {
@@ -22,16 +24,39 @@ float HalfToFloat(uint16_t half) {
   return BitsToFloat(sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
 }
 
-float ScaleOf(const PackedLayout& layout, const uint8_t* header, int64_t column) {
-  if (layout.scale_type == ScaleType::kFloat32) {
-    float scale;
-    std::memcpy(&scale, header + 4 * column, sizeof(scale));
-    return scale;
-  }
+float E4m3ToFloat(uint32_t code) {
+  return BitsToFloat((code & 0x80u) << 24 | (code & 0x7fu) << 20) * kE4m3Exponents;
+}
+
+float FloatAt(const uint8_t* p, int64_t index) {
+  float value;
+  std::memcpy(&value, p + index * int64_t{sizeof(value)}, sizeof(value));
+  return value;
+}
+
+float ScaleOf(const PackedLayout& layout, const uint8_t* weight, const uint8_t* header,
+              int64_t row) {
+  const int64_t column = row % kColumns;
+  const uint8_t* outer = weight + layout.outer_scales_at(row / kColumns);
   uint16_t bits;
-  std::memcpy(&bits, header + 2 * column, sizeof(bits));
-  return layout.scale_type == ScaleType::kFloat16 ? HalfToFloat(bits)
-                                                  : BitsToFloat(static_cast<uint32_t>(bits) << 16);
+  switch (layout.scale_type) {
+    case ScaleType::kFloat32:
+      return FloatAt(header, column);
+    case ScaleType::kFloat16:
+      std::memcpy(&bits, header + 2 * column, sizeof(bits));
+      return HalfToFloat(bits);
+    case ScaleType::kBfloat16:
+      std::memcpy(&bits, header + 2 * column, sizeof(bits));
+      return BitsToFloat(static_cast<uint32_t>(bits) << 16);
+    case ScaleType::kE8m0:
+      // The exponent 0 stands for 2^-127, which a float32 spells as half of its least exponent.
+      return BitsToFloat(std::max(static_cast<uint32_t>(header[column]) << 23, 1u << 22));
+    case ScaleType::kE4m3:
+      return E4m3ToFloat(header[column]) * FloatAt(outer, column);
+    case ScaleType::kUint8:
+      return static_cast<float>(header[column]) * FloatAt(outer, column);
+  }
+  return 0;
 }
 
 // Adds a plane of kWidth bits to the codes, from bit `shift` of each.
@@ -59,23 +84,67 @@ void UnpackColumn(const PackedLayout& layout, const uint8_t* unit, int64_t colum
   std::memcpy(codes, four_codes, sizeof(four_codes));
 }
 
+// The ternary codes of 4 consecutive k of one column, of a group of `quads` in all.
+void UnpackTrits(const uint8_t* codes, int64_t quads, int64_t quad, int64_t column, uint8_t* out) {
+  const int64_t vectors = quads / kTrits, vector = quad / kTrits;
+  if (vector < vectors) {
+    std::memcpy(out, codes + vector * kQuadBytes + kQuad * column, kQuad);
+    for (int64_t i = 0; i < kQuad; ++i) {
+      uint32_t fraction = out[i];
+      for (int64_t skipped = 0; skipped < quad % kTrits; ++skipped) fraction = fraction * 3 & 0xff;
+      out[i] = static_cast<uint8_t>(fraction * 3 >> 8);
+    }
+    return;
+  }
+  const uint8_t* leftover =
+      codes + vectors * kQuadBytes + (quad - vectors * kTrits) * kLeftoverQuadBytes;
+  for (int64_t i = 0; i < kQuad; ++i) {
+    const int64_t at = kQuad * column + i;
+    out[i] = leftover[at % kLeftoverQuadBytes] >> at / kLeftoverQuadBytes * 2 & 3;
+  }
+}
+
+// What a code stands for, but for the scale.
+float ValueOf(const PackedLayout& layout, const uint8_t* weight, uint8_t code, int zero) {
+  switch (layout.coding) {
+    case Coding::kInteger:
+      return static_cast<float>(code - zero);
+    case Coding::kTable:
+      return FloatAt(weight, code);
+    case Coding::kE2m1:
+      return kE2m1Levels[code];
+    case Coding::kE4m3:
+      return E4m3ToFloat(code);
+    case Coding::kTernary:
+      return static_cast<float>(code - kTernaryZero);
+  }
+  return 0;
+}
+
 void DequantizeRow(const PackedLayout& layout, const uint8_t* weight, int64_t row, float multiplier,
                    float* out) {
   const int64_t column = row % kColumns;
-  const uint8_t* p = weight + row / kColumns * layout.column_block_bytes();
+  const uint8_t* p = weight + layout.block_at(row / kColumns);
   int64_t k = 0;
   for (int64_t g = 0; g < layout.groups(); ++g) {
-    const float scale = ScaleOf(layout, p, column);
+    const float scale = ScaleOf(layout, weight, p, row);
     const int zero =
         layout.has_zero_point ? p[layout.scale_bytes() + column] : 1 << (layout.bits - 1);
     p += layout.header_bytes();
-    for (int64_t u = 0; u < layout.group_units(g); ++u, p += layout.unit_bytes()) {
+    const int64_t units = layout.group_units(g), quads = units * (kUnit / kQuad);
+    for (int64_t u = 0; u < units; ++u) {
       uint8_t codes[kUnit];
-      UnpackColumn(layout, p, column, codes);
+      if (layout.coding == Coding::kTernary) {
+        UnpackTrits(p, quads, 2 * u, column, codes);
+        UnpackTrits(p, quads, 2 * u + 1, column, codes + kQuad);
+      } else {
+        UnpackColumn(layout, p + u * layout.unit_bytes(), column, codes);
+      }
       for (int64_t i = 0; i < kUnit && k < layout.k; ++i, ++k) {
-        out[k] = static_cast<float>(codes[i] - zero) * scale * multiplier;
+        out[k] = ValueOf(layout, weight, codes[i], zero) * scale * multiplier;
       }
     }
+    p += layout.code_bytes(units);
   }
 }
 

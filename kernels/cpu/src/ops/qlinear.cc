@@ -51,6 +51,10 @@ class QLinear : public Operator {
     Require(format_ == ActivationFormat::kFloat || layout_.group_size <= kLongestGroup,
             "int8 activations need groups of at most ", kLongestGroup, " along K, not ",
             layout_.group_size);
+    const bool has_bytes = layout_.coding != Coding::kTable && layout_.coding != Coding::kE4m3;
+    Require(format_ == ActivationFormat::kFloat || has_bytes,
+            "int8 activations need a weight of whole numbers: the coding is neither 'integer', "
+            "'e2m1' nor 'ternary'");
   }
 
   void Compute(const Context& context) const override {
