@@ -8,7 +8,7 @@ the memory and the time that the compilation takes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcompile.backends.base import Capabilities, Finding, Target
@@ -16,8 +16,9 @@ from qcompile.backends.registry import get_target
 from qcompile.errors import QCompileError, RecipeError, TargetError
 from qcompile.estimates import Estimate, estimate
 from qcompile.folding import fold_names
-from qcompile.formats import Format, IntegerFormat
+from qcompile.formats import Format, IntegerFormat, LookupFormat, ScalarFormat
 from qcompile.ir.program import Program
+from qcompile.kernels.lookup.levels import code_bits
 from qcompile.passes.infra import Context, PassRecord
 from qcompile.passes.quantize.bits import BitsReport, count_bits
 from qcompile.passes.quantize.layers import Part
@@ -191,21 +192,29 @@ def _refusal(weight: PlannedWeight, format: Format, capabilities: Capabilities) 
 def _other_format(weight: PlannedWeight, capabilities: Capabilities) -> str:
     """The remedy: the nearest format that the layer can take, or none at all."""
     wanted = weight.format
-    if isinstance(wanted, IntegerFormat) and 0 not in weight.shape:
+    if wanted is not None and 0 not in weight.shape:
         for candidate in _near(wanted):
             if _refusal(weight, candidate, capabilities) is None:
                 return f"use {candidate}, or leave it float"
     return "leave it float: 'ignore' it in quantize_weights"
 
 
-def _near(format: IntegerFormat) -> Iterator[IntegerFormat]:
+def _near(format: Format) -> Iterator[Format]:
     """Formats like one, the nearest first: rather more bits than fewer, rather the same groups."""
-    scales = dict.fromkeys((format.scale_dtype, IntegerFormat(8).scale_dtype))
-    groups = dict.fromkeys((format.group_size, -(-format.group_size // 16) * 16, 64, 0))
-    for bits in (*range(format.bits, 9), *range(format.bits - 1, 0, -1)):
-        for group_size in groups:
-            for scale in scales:
-                yield IntegerFormat(bits, group_size, format.symmetric, scale)
+    if isinstance(format, LookupFormat):
+        yield from (replace(format, group_size=size) for size in _near_groups(format.group_size))
+        width = code_bits(format.table)
+        format = IntegerFormat(max(width, 2), format.group_size)
+    if isinstance(format, IntegerFormat):
+        scales = dict.fromkeys((format.scale_dtype, IntegerFormat(8).scale_dtype))
+        for bits in (*range(format.bits, 9), *range(format.bits - 1, 0, -1)):
+            for group_size in _near_groups(format.group_size):
+                for scale in scales:
+                    yield IntegerFormat(bits, group_size, format.symmetric, scale)
+
+
+def _near_groups(group_size: int) -> list[int]:
+    return list(dict.fromkeys((group_size, -(-group_size // 16) * 16, 64, 0)))
 
 
 def _activation_findings(weights: WeightPlan, recipe: Recipe, target: Target) -> Iterator[Finding]:
@@ -263,7 +272,7 @@ def _warnings(weights: WeightPlan, recipe: Recipe) -> Iterator[str]:
     wide = [
         weight.name
         for weight in weights.weights
-        if isinstance(weight.format, IntegerFormat) and weight.format.group_size > weight.shape[-1]
+        if isinstance(weight.format, ScalarFormat) and weight.format.group_size > weight.shape[-1]
     ]
     for layers in fold_names(wide):
         yield f"{layers} is narrower than its group: it has one group per row"
