@@ -109,6 +109,15 @@ def replaced(name: str, content: str) -> Callable[[Path], Path]:
     return damage
 
 
+def edited(**changes: Any) -> Callable[[Path], Path]:
+    def damage(model: Path) -> Path:
+        path = model / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return model
+
+    return damage
+
+
 def with_tensor(name: str, change: Callable[[np.ndarray], np.ndarray | None]) -> Any:
     def damage(model: Path) -> Path:
         path = model / "model.safetensors"
@@ -155,6 +164,22 @@ FAULTS = {
     "no config": Fault(ModelError, ("config.json",), without("config.json")),
     "config that is no JSON": Fault(
         ModelError, ("config.json",), replaced("config.json", '{"model_type": "llama",')
+    ),
+    "config of another type": Fault(
+        ModelError, ("config.json", "tie_word_embeddings"), edited(tie_word_embeddings=3)
+    ),
+    "config that no model can have": Fault(
+        ModelError, ("heads", "5"), edited(num_attention_heads=5, head_dim=None)
+    ),
+    "config of more layers than there are tensors": Fault(
+        ModelError,
+        ("config.json", str(10**12), "num_hidden_layers"),
+        edited(num_hidden_layers=10**12),
+    ),
+    "generation settings of another type": Fault(
+        ModelError,
+        ("generation settings", "eos_token_ids"),
+        replaced("generation_config.json", '{"eos_token_id": "</s>"}'),
     ),
     "generation settings that are no JSON": Fault(
         ModelError, ("generation_config.json",), replaced("generation_config.json", "{")
