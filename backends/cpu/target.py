@@ -11,10 +11,10 @@ from qcompile.backends.cpu.packable import unpackable_reason
 from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
+from qcompile.backends.onnx.signature import signature_of
 from qcompile.ir.program import Program
-from qcompile.ir.types import Port, Role
+from qcompile.ir.types import Role
 from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
-from qcompile.manifest import Signature, ValueInfo
 from qcompile.passes.infra import Context, PassManager
 from qcompile.progress import Progress
 
@@ -60,7 +60,7 @@ class CpuTarget(Target):
         graph = _emit(program)
         progress.stage("write weights", len(graph.weights))
         stored = write_model(graph, program.weights, directory, progress=progress)
-        return Packed(_signature(graph, program), KERNEL_LAYOUT_VERSION, stored)
+        return Packed(signature_of(graph, program), KERNEL_LAYOUT_VERSION, stored)
 
     def predict_files(self, program: Program) -> dict[str, int]:
         """Exact sizes of ``model.onnx`` and its weights."""
@@ -82,23 +82,3 @@ def _rename_capacity(graph: OnnxGraph, program: Program) -> None:
         for value, port in zip(values, ports, strict=True):
             if port.role in _CACHE_ROLES and value.shape is not None:
                 value.shape[2] = CAPACITY
-
-
-def _signature(graph: OnnxGraph, program: Program) -> Signature:
-    return Signature(
-        inputs=tuple(map(_value_info, graph.model.graph.inputs, program.signature.inputs)),
-        outputs=tuple(map(_value_info, graph.model.graph.outputs, program.signature.outputs)),
-    )
-
-
-def _value_info(value: object, port: Port) -> ValueInfo:
-    dtype, shape = getattr(value, "dtype"), getattr(value, "shape")  # noqa: B009
-    assert dtype is not None
-    assert shape is not None
-    return ValueInfo(
-        name=port.name,
-        dtype=dtype.numpy().name,
-        shape=tuple(size if isinstance(size, int) else str(size) for size in shape),
-        role=port.role.value,
-        layer=port.layer,
-    )

@@ -14,13 +14,13 @@ from qcompile.backends.cpu import ops
 from qcompile.backends.cpu.packable import Packing, packing_of, unpackable_reason
 from qcompile.errors import TargetError
 from qcompile.formats import LookupFormat, StoredWeight, stored_weight
-from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear, packed_size
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
+from qcompile.passes.lower.rounded_inputs import rounded_input
 
 aten = torch.ops.aten
 
@@ -144,32 +144,12 @@ def _linear(editor: Editor, node: fx.Node, packed: _Packed) -> fx.Node:
 
 def _activations(x: Any, group_size: int) -> tuple[Any, str]:
     """The float input of a linear, and how it is rounded on the way."""
-    source, group = _dynamic_int8(x)
-    if source is None or group not in (0, group_size):
+    rounded = rounded_input(x)
+    if rounded is None or not rounded.is_dynamic or rounded.bits != _INT8_BITS:
         return x, ops.FLOAT_ACTIVATIONS
-    return source, ops.INT8_PER_GROUP if group else ops.INT8_PER_TOKEN
-
-
-def _dynamic_int8(x: Any) -> tuple[fx.Node | None, int]:
-    """What a node rounds to symmetric int8 with scales of its own, and the group of these scales.
-
-    None unless all three operators agree: the scale, too, is that of this input, width and group.
-    """
-    if not isinstance(x, fx.Node) or x.target is not dialect.dequantize:
-        return None, 0
-    codes, scale, *how = x.args
-    zero_point, bits, group = how
-    if not isinstance(codes, fx.Node) or codes.target is not dialect.quantize:
-        return None, 0
-    if not isinstance(scale, fx.Node) or scale.target is not dialect.dynamic_scale:
-        return None, 0
-    source = codes.args[0]
-    agree = codes.args[1:] == (scale, *how) and scale.args == (source, bits, group)
-    if not agree or zero_point is not None or bits != _INT8_BITS:
-        return None, 0
-    assert isinstance(source, fx.Node)
-    assert isinstance(group, int)
-    return source, group
+    if rounded.group_size not in (0, group_size):
+        return x, ops.FLOAT_ACTIVATIONS
+    return rounded.source, ops.INT8_PER_GROUP if rounded.group_size else ops.INT8_PER_TOKEN
 
 
 _INT8_BITS = 8
