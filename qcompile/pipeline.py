@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from qcompile.ir.types import Fact
 from qcompile.passes.canonicalize import canonicalize_phase
 from qcompile.passes.infra import Pass, Phase
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_ops import raise_phase
 from qcompile.passes.transform.centre_norms import CentreNorms
+from qcompile.passes.transform.duquant import Duquant
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.fuse_transforms import FuseTransforms
 from qcompile.passes.transform.rotate import Rotate
@@ -18,6 +20,7 @@ from qcompile.recipe_schema import TRANSFORM_STEPS
 
 PASSES: Mapping[str, Callable[..., Pass]] = {
     "rotate": Rotate,
+    "duquant": Duquant,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
 }
@@ -35,11 +38,11 @@ def recipe_phases(recipe: Recipe) -> tuple[Phase, ...]:
 
 
 def _make(name: str, options: StepOptions) -> tuple[Pass, ...]:
-    """The passes of a step: transforms find bare norms, and what they leave is fused."""
+    """The passes of a step: rotations find bare norms, and what transforms leave is fused."""
     made = make_pass(name, options)
-    if name not in TRANSFORM_STEPS:
-        return (made,)
-    return (FoldNormGain(), CentreNorms(), made, FuseTransforms())
+    bare = (FoldNormGain(), CentreNorms()) if Fact.GAINS_FOLDED in made.requires else ()
+    fused = (FuseTransforms(),) if name in TRANSFORM_STEPS else ()
+    return (*bare, made, *fused)
 
 
 def make_pass(name: str, options: StepOptions) -> Pass:
