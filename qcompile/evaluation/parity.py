@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class TargetParity:
     """What one target makes of the program.
 
     Attributes:
-        target: Its name.
+        target: Its name, with the options that were asked for.
         reason: Why there are no figures: what pre-flight refuses, or what is missing here; empty
             if it ran.
         run_by: What ran the artifact here.
@@ -133,23 +133,24 @@ def parity(
             do is part of the result.
     """
     resolved = load_recipe(recipe, overrides)
-    backends = [get_target(target) if isinstance(target, str) else target for target in targets]
+    backends = [(str(t), get_target(t)) if isinstance(t, str) else (t.name, t) for t in targets]
     progress = progress or NullProgress()
     context = Context(progress)
     progress.stage("capture")
     program = compiler.open_model(model, example_inputs, dequantize)
     program, _ = PassManager(front_phases()).run(program, context)
     samples = _samples(program, example_inputs, text, window, max_tokens)
-    refusals = [_refusal(program, resolved, backend) for backend in backends]
+    refusals = [_refusal(program, resolved, backend) for _, backend in backends]
     program, _ = PassManager(recipe_phases(resolved)).run(program, context)
     progress.stage("interpret")
     reference = _Reference(program, samples)
     rows = []
-    for backend, refusal in zip(backends, refusals, strict=True):
+    for (label, backend), refusal in zip(backends, refusals, strict=True):
         if refusal:
-            rows.append(TargetParity(backend.name, refusal))
+            rows.append(TargetParity(label, refusal))
         else:
-            rows.append(_compare(program, resolved, backend, reference, context, threads))
+            row = _compare(program, resolved, backend, reference, context, threads)
+            rows.append(replace(row, target=label))
     progress.done()
     return Parity(program.provenance.name, resolved.name, reference.positions, tuple(rows))
 

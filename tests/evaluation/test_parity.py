@@ -44,6 +44,7 @@ def compared(checkpoint: Path) -> Parity:
 def test_every_target_computes_the_program(compared: Parity) -> None:
     assert compared.positions == 36
     assert {target.split(":")[0] for target in BOUNDS} == set(target_names())
+    assert [row.target for row in compared.targets] == list(BOUNDS)
     for row, bound in zip(compared.targets, BOUNDS.values(), strict=True):
         assert row.reason == ""
         assert row.relative_error is not None

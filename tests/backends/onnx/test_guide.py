@@ -1,0 +1,14 @@
+"""The guide to the target shows what it really writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.guides import assert_guide_is_true
+
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "onnx.md"
+
+
+def test_guide_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    assert_guide_is_true(GUIDE, capsys)
