@@ -22,14 +22,14 @@ from qcompile.backends.registry import get_target
 from qcompile.calibration.journal import Journal, default_directory
 from qcompile.calibration.settings import Calibration, parse_bytes
 from qcompile.calibration.sources import DataSource
-from qcompile.errors import DataError, ModelError
+from qcompile.errors import ArtifactError, DataError, ModelError
 from qcompile.frontends.huggingface import capture_model
 from qcompile.frontends.open import capture_path
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir.program import Program
 from qcompile.legality import preflight
 from qcompile.manifest import is_artifact
-from qcompile.packaging import write_package
+from qcompile.packaging import generation_info, write_package
 from qcompile.passes.equivalence import CheckLevel, checks_for
 from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.quantize.bits import count_bits
@@ -126,6 +126,7 @@ def compile(
         stack.callback(progress.done)
         with _phase(report, progress, "capture"):
             program = open_model(model, example_inputs, dequantize)
+        generation_info(program.provenance)  # what is wrong with it is said before the work
         tokenizer = tokenizer_of(program)
         if tokenizer is not None:
             source.tokenize = partial(tokenizer.encode, add_special_tokens=False)
@@ -296,14 +297,25 @@ def _evaluable(model: object, dequantize: bool) -> tuple[object, object | None]:
 
 
 def tokenizer_of(program: Program) -> Tokenizer | None:
-    """The tokenizer that came with a model, or None."""
+    """The tokenizer that came with a model, or None.
+
+    Raises:
+        ModelError: If it is damaged.
+    """
     assets = program.provenance.assets
     if TOKENIZER_NAME not in assets:
         return None
     with tempfile.TemporaryDirectory() as folder:
         for name, content in assets.items():
             (Path(folder) / name).write_bytes(content)
-        return Tokenizer.load(Path(folder))
+        try:
+            return Tokenizer.load(Path(folder))
+        except ArtifactError as error:
+            reason = error.message.replace(f"{folder}{os.sep}", "")
+            raise ModelError(
+                f"the tokenizer of '{program.provenance.source}' cannot be used: {reason}",
+                remedy="fetch the model again, or upgrade the package 'tokenizers'",
+            ) from error
 
 
 def _destination(

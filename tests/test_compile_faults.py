@@ -181,6 +181,11 @@ FAULTS = {
         ("generation settings", "eos_token_ids"),
         replaced("generation_config.json", '{"eos_token_id": "</s>"}'),
     ),
+    "tokenizer that is none": Fault(
+        ModelError,
+        ("model.safetensors' cannot", "tokenizer.json"),
+        replaced("tokenizer.json", "{}"),
+    ),
     "generation settings that are no JSON": Fault(
         ModelError, ("generation_config.json",), replaced("generation_config.json", "{")
     ),

@@ -39,12 +39,13 @@ def use(path: str) -> str:
 
 def capture(path: str) -> str | None:
     """Captures a model and reads all that a compilation reads of it."""
-    import qcompile as qc
+    from qcompile.compiler import open_model, tokenizer_of
     from qcompile.packaging import generation_info
 
     def read() -> None:
-        program = qc.capture(path)
+        program = open_model(path, example_inputs=None, dequantize=False)
         generation_info(program.provenance)
+        tokenizer_of(program)
         for name in program.weights:
             program.weights.materialize(name)
 

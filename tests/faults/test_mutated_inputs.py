@@ -67,6 +67,7 @@ INPUTS = {
     "report": Input("cpu", "report.json", mutate_json, "use_artifact"),
     "onnx": Input("cpu", "model.onnx", mutate_bytes, "use_artifact"),
     "onnx data": Input("cpu", "model.onnx.data", mutate_bytes, "use_artifact"),
+    "model's tokenizer": Input("checkpoint", "tokenizer.json", mutate_json, "capture"),
     "tokenizer": Input("cpu", "tokenizer.json", mutate_json, "use_artifact"),
     "tokenizer config": Input("cpu", "tokenizer_config.json", mutate_json, "use_artifact"),
     "chat template": Input("cpu", "chat_template.jinja", mutate_bytes, "use_artifact"),
