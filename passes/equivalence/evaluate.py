@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.weights import Apply, Expression, Source
 
+aten = torch.ops.aten
+
 DTYPE = torch.float64
 
 KEPT_BYTES = 256 << 20
@@ -20,6 +23,15 @@ KEPT_BYTES = 256 << 20
 to the vocabulary as well would otherwise be held, in float64, while all layers run."""
 
 _CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product with a weight that has been computed."""
+
+    x: Tensor
+    bias: Tensor | None
+    y: Tensor
 
 
 class Weights:
@@ -34,6 +46,7 @@ class Weights:
         self.live_bytes = 0
         self.peak_bytes = 0
         self._held: dict[Hashable, Any] = {}
+        self._products: dict[int, list[_Product]] = {}
 
     def read(self, program: Program, name: str) -> Tensor:
         """An entry of a program's weight store."""
@@ -53,8 +66,23 @@ class Weights:
         """A value that is held, or None."""
         return self._held.get(key)
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + b`` with a weight that is held.
+
+        Most products are the same in both programs, down to the last bit of their operands: those
+        are computed once.
+        """
+        known = self._products.setdefault(id(weight), [])
+        for product in known:
+            if product.bias is bias and torch.equal(product.x, x):
+                return product.y
+        y: Tensor = aten.linear.default(x, weight, bias)
+        known.append(_Product(x, bias, y))
+        return y
+
     def release(self, keep: Container[Hashable] = ()) -> None:
         """Lets go of everything but what has the given keys and is not large."""
+        self._products = {}
         self._held = {
             key: value
             for key, value in self._held.items()
@@ -125,12 +153,22 @@ class Evaluator:
                 if self._weights.get(key) is None:
                     self._weights.hold(key, _call(node, env))
                 env[node] = self._weights.get(key)
+            elif node.target is aten.linear.default and node.args[1] in self._constant:
+                env[node] = _call(node, env, self._weights.linear)
             else:
                 env[node] = _call(node, env)
 
 
-def _call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    """The value of a call, in float64 where the program has float32."""
+def _call(
+    node: fx.Node, env: Mapping[fx.Node, Any], function: Callable[..., Any] | None = None
+) -> Any:
+    """The value of a call, in float64 where the program has float32.
+
+    Args:
+        node: The call.
+        env: The values of its operands.
+        function: What to call in place of its operator.
+    """
 
     def fill(value: Any) -> Any:
         if isinstance(value, fx.Node):
@@ -141,7 +179,7 @@ def _call(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
 
     args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), fill)
     try:
-        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = (function or node.target)(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CannotRunError(

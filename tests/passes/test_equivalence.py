@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompile.analysis.stages import stages
 from qcompile.errors import EquivalenceError, RecipeError
@@ -589,6 +590,36 @@ def test_report_has_errors_and_seconds_of_passes_and_phases(decoder: Program) ->
     assert record["relative_error"] <= 1e-14
     spent = record["check_seconds"] + phase["seconds"]
     assert document["checks"]["seconds"] == pytest.approx(spent, abs=2e-3)
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts the products with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.count += func in (aten.addmm.default, aten.mm.default, aten.linear.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_product_that_both_programs_compute_is_computed_once(decoder: Program) -> None:
+    after = decoder.copy()
+    _scale_by(1 + 1e-13, which=-1)(after, Editor(after))
+    linears = len(list(decoder.calls(aten.linear.default)))
+    cases = 2
+    with CountProducts() as alone:
+        lockstep(decoder, decoder.copy())
+    assert alone.count == cases * linears
+    # After the last block, activations differ in their last bits: the head is computed twice.
+    with CountProducts() as changed:
+        agreement = lockstep(decoder, after)
+    assert changed.count == cases * (linears + 1)
+    assert agreement is not None
+    assert 0 < agreement.error <= 1e-12
 
 
 class Generated:
