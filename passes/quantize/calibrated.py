@@ -101,7 +101,7 @@ def quantize_calibrated(
     data = calibration.inputs(program, f"method '{method}'")
     program.notes += (f"weights are calibrated on {data.description}",)
     steps = _steps(program, jobs, sequential)
-    targets = [value for step in steps for value in (*step.values, *step.boundary)]
+    targets = [value for step in steps for value in step.values]
     with Stream(
         program,
         data,
@@ -152,11 +152,13 @@ def _steps(program: Program, jobs: Sequence[Job], sequential: Sequential) -> lis
     place = {node: stage.index for stage in reversed(parts) for node in stage.nodes}
     found: dict[int, dict[fx.Node, list[Job]]] = {}
     for value in values:
-        found.setdefault(place.get(value, -1), {})[value] = by_value[value]
+        # Where it is read: the input of the first block is made by none.
+        index = min(place[user] for user in value.users if user in place)
+        found.setdefault(index, {})[value] = by_value[value]
     steps = []
     for index, group in sorted(found.items()):
-        end = parts[index].boundary if index >= 0 and sequential == "block" else None
-        steps.append(_Step(group, (end,) if end is not None and end not in group else ()))
+        end = parts[index].boundary if sequential == "block" else None
+        steps.append(_Step(group, () if end is None else (end,)))
     return steps
 
 
@@ -211,11 +213,8 @@ class _Work:
 
     def go_on(self) -> None:
         """Lets data flow past the step."""
-        if self._stay:
-            if self._step.boundary:
-                self._stream.skip(self._step.boundary, beside=self._step.values)
-        elif not self._observed:
-            self._stream.skip(self._step.values)
+        if self._stay or not self._observed:
+            self._stream.skip(self._step.values, instead=self._step.boundary)
 
     def _inputs(self, key: str) -> dict[fx.Node, Inputs]:
         """What is seen of each input; float inputs may have been seen in an earlier run."""

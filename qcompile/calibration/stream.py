@@ -145,17 +145,20 @@ class Stream:
         Args:
             values: As `observe` will be asked for.
         """
-        return self._prepare(values).key
+        return self._prepare(values, leaving=values).key
 
-    def skip(self, values: Sequence[fx.Node], *, beside: Iterable[fx.Node] = ()) -> None:
+    def skip(self, values: Sequence[fx.Node], *, instead: Sequence[fx.Node] = ()) -> None:
         """Goes on as if some values had been observed; computes them only if it must, later.
 
         Args:
-            values: Among the targets.
-            beside: Further targets, on the way to `values`, that nobody will ask for any more.
+            values: Among the targets; they will not be asked for any more.
+            instead: Where to go on to, if not as far as `values`: nodes behind them.
         """
-        self._pending.difference_update(beside)
-        prepared = self._prepare(values)
+        if instead:
+            self._pending.difference_update(values)
+            prepared = self._prepare(instead, leaving=())
+        else:
+            prepared = self._prepare(values, leaving=values)
         self._skipped.append((prepared.part, dict(self._overrides)))
         self._advance(prepared, values)
 
@@ -179,7 +182,7 @@ class Stream:
             ModelError: A value is not finite.
         """
         values = list(dict.fromkeys(request.value for request in requests))
-        prepared = self._prepare(values)
+        prepared = self._prepare(values, leaving=values)
         for part, overrides in self._skipped:
             self._run(part, self._constants(part.nodes, overrides), (), False, None)
         self._skipped.clear()
@@ -224,11 +227,16 @@ class Stream:
                     on_batch()
         return totals
 
-    def _prepare(self, values: Sequence[fx.Node]) -> _Prepared:
-        """The part that leads to some values, its weights in memory, and the key of it all."""
+    def _prepare(self, values: Sequence[fx.Node], *, leaving: Sequence[fx.Node]) -> _Prepared:
+        """The part that leads to some values, its weights in memory, and the key of it all.
+
+        Args:
+            values: Where to run to.
+            leaving: Targets that nobody will ask for after that.
+        """
         if self._prepared is None or self._prepared.values != tuple(values):
             self._prepared = None  # its weights may go first
-            part = self._part(values)
+            part = self._part(values, leaving)
             constants = self._constants(part.nodes, self._overrides)
             contents = [part.text(), *(_digest_value(v) for v in constants.values())]
             self._prepared = _Prepared(
@@ -242,9 +250,9 @@ class Stream:
         self._pending.difference_update(values)
         self._prepared = None
 
-    def _part(self, values: Sequence[fx.Node]) -> _Part:
+    def _part(self, values: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> _Part:
         """What has to run for some values to be known."""
-        unknown = [value.name for value in values if value not in self._pending]
+        unknown = [value.name for value in leaving if value not in self._pending]
         if unknown:
             raise ValueError(f"not among the targets that are left: {', '.join(unknown)}")
         nodes = sorted(self._ancestors(values, self._computed), key=self._order.__getitem__)
@@ -252,7 +260,7 @@ class Stream:
         operands = (n for node in nodes for n in node.all_input_nodes)
         outside = (n for n in (*operands, *values) if n not in inside and n not in self._constant)
         reads = tuple(dict.fromkeys(outside))
-        live = self._live(self._computed | inside, self._pending.difference(values))
+        live = self._live(self._computed | inside, self._pending.difference(leaving))
         keeps = tuple(node for node in nodes if node in live)
         last_reader = {n: node for node in nodes for n in node.all_input_nodes}
         releases: dict[fx.Node, list[fx.Node]] = {}

@@ -17,10 +17,16 @@ BLOCK = 128
 
 
 class Rounder(Protocol):
-    """What a sweep asks of whoever rounds."""
+    """What a sweep asks of whoever rounds.
 
-    def begin(self, columns: Sequence[int], targets: Tensor) -> None:
-        """Tells what a block of columns, [columns, N], should become as far as is known."""
+    Attributes:
+        adapts: Whether it wants to know what blocks of columns have become.
+    """
+
+    adapts: bool
+
+    def begin(self, columns: Sequence[int], weights: Tensor) -> None:
+        """Tells what a block of columns, [columns, N], would be if it were not rounded."""
 
     def round(self, column: int, target: Tensor) -> Tensor:
         """Rounds a column, [N, 1]; returns what will be decoded."""
@@ -49,8 +55,10 @@ def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = 
     errors = torch.empty_like(exact)
     for start in range(0, len(order), block):
         stop = min(start + block, len(order))
-        targets = exact[start:stop].addmm(lower[start:stop, :start], errors[:start])
-        rounder.begin(order[start:stop], targets)
+        asked = lower[start:stop, :start] @ errors[:start]
+        if rounder.adapts:
+            rounder.begin(order[start:stop], exact[start:stop] + _unrounded(lower, asked, start))
+        targets = exact[start:stop] + asked
         for column in range(start, stop):
             target = targets[column - start]
             if column > start:
@@ -60,6 +68,18 @@ def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = 
     result = torch.empty_like(weight)
     result[:, feedback.order] = errors.T
     return result
+
+
+def _unrounded(lower: Tensor, asked: Tensor, start: int) -> Tensor:
+    """How a block moves if each column does what all columns before it ask for, its own included.
+
+    Args:
+        lower: Of the feedback.
+        asked: What the columns before the block ask of it, [columns, N].
+        start: Its first column.
+    """
+    inner = lower[start : start + len(asked), start : start + len(asked)]
+    return torch.linalg.solve_triangular(inner, asked, upper=False, unitriangular=True)
 
 
 class GridRounder:
@@ -76,6 +96,7 @@ class GridRounder:
             must then be groups, in order.
 
     Attributes:
+        adapts: The opposite of `static`.
         codes: uint8 [N, K].
     """
 
@@ -93,7 +114,7 @@ class GridRounder:
         self._search: ScaleSearch = search
         self._name = name
         self._importance = importance
-        self._static = static
+        self.adapts = not static
         self._size = grid.group_size or weight.shape[1]
         self.codes = torch.empty(weight.shape[::-1], dtype=torch.uint8).T
         self._groups: list[GroupParameters | None] = [None] * group_count(
@@ -108,10 +129,9 @@ class GridRounder:
         """Of all groups, [N, G]."""
         return GroupParameters.join(group for group in self._groups if group is not None)
 
-    def begin(self, columns: Sequence[int], targets: Tensor) -> None:
-        """Chooses the parameters of a group, unless they are static."""
-        if not self._static:
-            self._fit(columns[0] // self._size, targets.T)
+    def begin(self, columns: Sequence[int], weights: Tensor) -> None:
+        """Chooses the parameters of a group."""
+        self._fit(columns[0] // self._size, weights.T)
 
     def round(self, column: int, target: Tensor) -> Tensor:
         """The nearest storable values; see `Rounder.round`."""

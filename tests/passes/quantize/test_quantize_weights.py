@@ -186,7 +186,7 @@ def test_record_tells_format_bits_and_error(linear):
         {
             "weight": "weight",
             "parts": ["linear"],
-                "method": "rtn",
+            "method": "rtn",
             "format": "int3-g16",
             "shape": [4, 32],
             "bits_per_weight": 4.0,
