@@ -221,14 +221,14 @@ def _quantize(
     # QuantizeLinear is another function: it rounds to all 2^bits codes and has no odd widths.
     size = _last(b, x)
     wide = ir.DataType.DOUBLE if x.dtype == ir.DataType.DOUBLE else _FLOAT
-    spread = _spread_groups(b, scale, _last(b, scale), size, group_size, wide)
+    spread = spread_groups(b, scale, _last(b, scale), size, group_size, wide)
     ratio = b.op("Div", b.cast(x, wide), spread)
     steps = b.op("Round", ratio)
     steps = b.op("Where", b.op("IsNaN", steps), b.constant(0.0, wide), steps)
     if zero_point is None:
         largest = float(2 ** (bits - 1) - 1)
         return b.cast(b.op("Clip", steps, -largest, largest), ir.DataType.INT8)
-    offset = _spread_groups(b, zero_point, _last(b, zero_point), size, group_size, wide)
+    offset = spread_groups(b, zero_point, _last(b, zero_point), size, group_size, wide)
     codes = b.op("Clip", b.op("Add", steps, offset), 0.0, float(2**bits - 1))
     return b.cast(codes, ir.DataType.UINT8)
 
@@ -272,14 +272,14 @@ def decode(
     """
     steps = b.cast(codes, b.dtype)
     if zero_point is not None:
-        offset = _spread_groups(b, zero_point, groups, size, group_size, b.dtype)
+        offset = spread_groups(b, zero_point, groups, size, group_size, b.dtype)
         steps = b.op("Sub", steps, offset)
     elif codes.dtype == ir.DataType.UINT8:
         steps = b.op("Sub", steps, float(2 ** (bits - 1)))
-    return b.op("Mul", steps, _spread_groups(b, scale, groups, size, group_size, b.dtype))
+    return b.op("Mul", steps, spread_groups(b, scale, groups, size, group_size, b.dtype))
 
 
-def _spread_groups(
+def spread_groups(
     b: Builder,
     per_group: ir.Value,
     groups: int,

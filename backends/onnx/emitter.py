@@ -18,6 +18,8 @@ from qcompile.backends.onnx.calls import Call
 from qcompile.backends.onnx.decompose import decompose
 from qcompile.backends.onnx.dialect import DIALECT
 from qcompile.backends.onnx.dialect_experts import EXPERTS
+from qcompile.backends.onnx.dialect_lookup import LOOKUP
+from qcompile.backends.onnx.dialect_transform import TRANSFORM
 from qcompile.backends.onnx.ports import DimensionNames
 from qcompile.backends.onnx.sizes import PYTHON
 from qcompile.backends.onnx.translation import Emitted, Translation
@@ -39,7 +41,9 @@ _IR_VERSION = 10  # of ONNX 1.16
 _CUSTOM_OPSET = 1
 _LISTED = 5
 
-STANDARD: Mapping[Any, Translation] = MappingProxyType({**PYTHON, **ATEN, **DIALECT, **EXPERTS})
+STANDARD: Mapping[Any, Translation] = MappingProxyType(
+    {**PYTHON, **ATEN, **DIALECT, **EXPERTS, **LOOKUP, **TRANSFORM}
+)
 """Every call target that the standard operators can express."""
 
 

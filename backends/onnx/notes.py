@@ -6,10 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from qcompile.backends.onnx.emitter import OnnxGraph
-from qcompile.backends.onnx.stored import StoredCodes
+from qcompile.backends.onnx.stored_levels import element_bits
 from qcompile.folding import fold_names
+from qcompile.formats import IntegerFormat, LookupFormat, stored_weight
+from qcompile.formats.base import Format
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
+from qcompile.kernels.lookup.levels import code_bits
+
+_ROW_LABELS = (".codes", ".rows1", ".rows2", ".rows4")
+"""Ends of the names of weights that are only looked up by rows."""
 
 
 def notes_of(graph: OnnxGraph, program: Program) -> Iterator[str]:
@@ -24,17 +30,30 @@ def notes_of(graph: OnnxGraph, program: Program) -> Iterator[str]:
 
 
 def _widened(graph: OnnxGraph, program: Program) -> Iterator[str]:
-    written = {weight.weight for weight in graph.weights.values() if weight.arrange is not None}
-    names: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for node in program.calls(dialect.dequantize):
-        stored = StoredCodes.behind(node)
-        if stored is not None and stored.bits != stored.container and stored.codes in written:
-            names[stored.bits, stored.container].append(_layer(stored.codes))
-    for (bits, container), layers in names.items():
+    multiplied = {
+        weight.weight for name, weight in graph.weights.items() if not name.endswith(_ROW_LABELS)
+    }
+    names: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for node in program.calls(dialect.dequantize, dialect.lookup):
+        weight = stored_weight(node)
+        if weight is None or str(weight.tensors["codes"].target) not in multiplied:
+            continue
+        bits, container = _widths(weight.format)
+        if bits != container:
+            names[str(weight.format), container].append(weight.name)
+    for (format, container), layers in names.items():
         yield (
-            f"{', '.join(fold_names(layers))}: codes of {bits} bits stand in {container}-bit "
-            "elements where they are multiplied, for lack of narrower ones in standard ONNX"
+            f"{', '.join(fold_names(layers))}: {format} stands in {container}-bit elements where "
+            "it is multiplied, for lack of narrower ones in standard ONNX"
         )
+
+
+def _widths(format: Format) -> tuple[int, int]:
+    """Bits of a code, and of the element of a matrix that stands for it."""
+    if isinstance(format, LookupFormat):
+        return code_bits(format.table), element_bits(format.table)
+    assert isinstance(format, IntegerFormat)
+    return format.bits, 4 if format.bits <= 4 else 8
 
 
 def _stored_twice(graph: OnnxGraph) -> Iterator[str]:
@@ -42,13 +61,10 @@ def _stored_twice(graph: OnnxGraph) -> Iterator[str]:
     for weight in graph.weights.values():
         if weight.weight.endswith(".codes"):
             sizes[weight.weight].append(weight.spec.bytes)
-    for name, copies in sizes.items():
+    for codes, copies in sizes.items():
         if len(copies) > 1:
+            name = codes.removesuffix(".codes")
             yield (
-                f"{_layer(name)} is stored {len(copies)} times, {sum(copies):,} bytes of codes: as "
-                "rows to look up and as columns to multiply with"
+                f"{name} is stored {len(copies)} times, {sum(copies):,} bytes of codes: as rows to "
+                "look up and as columns to multiply with"
             )
-
-
-def _layer(codes: str) -> str:
-    return codes.removesuffix(".codes")

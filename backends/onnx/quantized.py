@@ -5,7 +5,8 @@
 2. the same with `x` rounded to int8 per token, and one scale of 8-bit codes per column  =>
    ``MatMulInteger`` of unsigned codes, scaled afterwards.
 3. ``embedding(dequantize(W), ids)``  =>  ``Gather`` of packed rows, unpacked and decoded.
-4. ``dequantize(quantize(x, s))`` with a stored scale per tensor  =>  ``QuantizeLinear`` and
+4. the same of weights that are looked up in a table: see `stored_levels`.
+5. ``dequantize(quantize(x, s))`` with a stored scale per tensor  =>  ``QuantizeLinear`` and
    ``DequantizeLinear``.
 """
 
@@ -29,9 +30,10 @@ from qcompile.backends.onnx.stored import (
     matrix_codes,
     matrix_scale,
     matrix_zero_point,
-    row_bytes,
     row_codes,
+    unpack_rows,
 )
+from qcompile.backends.onnx.stored_levels import decoded_matrix, gathered_rows, stored_levels
 from qcompile.backends.onnx.translation import Table, Translation
 from qcompile.ir import dialect
 from qcompile.ir.weights import TensorSpec
@@ -48,11 +50,12 @@ _MIDDLE = 128
 
 @_TABLE.register(aten.linear.default)
 def _linear(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None = None) -> ir.Value:
-    stored = StoredCodes.behind(b.node.args[1])
-    if stored is None:
+    by_table, stored = stored_levels(b.node.args[1]), StoredCodes.behind(b.node.args[1])
+    if by_table is not None:
+        product = b.op("MatMul", x, decoded_matrix(b, by_table))
+    elif stored is None:
         return float_linear(b, x, weight, bias)
-    rounded = rounded_input(b.node.args[0])
-    if rounded is not None and _multiplies_integers(rounded, stored):
+    elif (rounded := rounded_input(b.node.args[0])) and _multiplies_integers(rounded, stored):
         product = _integer_product(b, rounded, stored)
     else:
         product = b.op("MatMul", x, _matrix(b, stored))
@@ -109,10 +112,13 @@ def _unsigned_codes(b: Builder, rounded: RoundedInput) -> ir.Value:
 
 @_TABLE.register(aten.embedding.default)
 def _embedding(b: Builder, table: ir.Value, ids: ir.Value, *rest: Any, **named: Any) -> ir.Value:
-    stored = StoredCodes.behind(b.node.args[0])
+    by_table, stored = stored_levels(b.node.args[0]), StoredCodes.behind(b.node.args[0])
+    if by_table is not None:
+        return gathered_rows(b, by_table, ids)
     if stored is None:
         return float_embedding(b, table, ids, *rest, **named)
-    codes = _unpack(b, b.op("Gather", row_codes(b, stored), ids, axis=0), stored)
+    packed = b.op("Gather", row_codes(b, stored), ids, axis=0)
+    codes = unpack_rows(b, packed, stored.shape[1], stored.row_container)
     scale, zero_point = (
         None if name is None else b.op("Gather", b.weight(name), ids, axis=0)
         for name in (stored.scale, stored.zero_point)
@@ -128,24 +134,6 @@ def _embedding(b: Builder, table: ir.Value, ids: ir.Value, *rest: Any, **named: 
         groups=stored.groups,
         size=stored.shape[1],
     )
-
-
-def _unpack(b: Builder, rows: ir.Value, stored: StoredCodes) -> ir.Value:
-    """Codes ``[..., K]`` uint8 from rows of bytes; see `stored.pack_rows`."""
-    width, k = stored.row_container, stored.shape[1]
-    if width == 8:
-        return rows
-    mask = b.constant(2**width - 1, _UINT8)
-    parts = [
-        rows if shift == 0 else b.op("BitShift", rows, b.constant(shift, _UINT8), direction="RIGHT")
-        for shift in range(0, 8, width)
-    ]
-    # The highest bits are alone after their shift.
-    masked = [b.op("BitwiseAnd", part, mask) for part in parts[:-1]]
-    codes = b.op("Concat", *masked, parts[-1], axis=-1)
-    if row_bytes(k, width) * len(parts) == k:
-        return codes
-    return b.op("Slice", codes, [0], [k], [-1], [1])
 
 
 @_TABLE.register(dialect.dequantize)

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.values import Packed
-from qcompile.ir import dialect
+from qcompile.formats import IntegerFormat, stored_weight
 from qcompile.ir.weights import TensorSpec
 
 Arrange = Callable[[Tensor], Tensor]
 
+_UINT8 = ir.DataType.UINT8
 _ROW_CONTAINERS = (1, 2, 4, 8)
 
 
@@ -51,28 +52,23 @@ class StoredCodes:
     @classmethod
     def behind(cls, node: object) -> StoredCodes | None:
         """What a node decodes; None if it does anything else, or not to a matrix."""
-        if not isinstance(node, fx.Node) or node.target is not dialect.dequantize:
+        weight = stored_weight(node)
+        if weight is None or not isinstance(weight.format, IntegerFormat):
             return None
-        codes, scale, zero_point, bits, group_size = node.args
-        stored = [n for n in (codes, scale, zero_point) if n is not None]
-        if not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in stored):
+        if len(weight.shape) != 2:
             return None
-        assert isinstance(codes, fx.Node)
-        assert isinstance(scale, fx.Node)
-        assert isinstance(bits, int)
-        assert isinstance(group_size, int)
-        if codes.meta["val"].dim() != 2 or codes.meta["val"].dtype != torch.uint8:
-            return None
-        n, k = codes.meta["val"].shape
+        format, tensors = weight.format, weight.tensors
+        n, k = weight.shape
+        zero_point = tensors.get("zero_point")
         return cls(
-            str(codes.target),
-            str(scale.target),
-            str(zero_point.target) if isinstance(zero_point, fx.Node) else None,
-            bits,
-            group_size if group_size < k else 0,
-            (int(n), int(k)),
-            int(scale.meta["val"].shape[1]),
-            scale.meta["val"].dtype,
+            str(tensors["codes"].target),
+            str(tensors["scale"].target),
+            None if zero_point is None else str(zero_point.target),
+            format.bits,
+            format.group_size if format.group_size < k else 0,
+            (n, k),
+            int(tensors["scale"].meta["val"].shape[1]),
+            format.scale_dtype,
         )
 
     @property
@@ -83,7 +79,7 @@ class StoredCodes:
     @property
     def row_container(self) -> int:
         """Bits that a code takes in a table of rows: 1, 2, 4 or 8."""
-        return next(width for width in _ROW_CONTAINERS if width >= self.bits)
+        return row_width(self.bits)
 
 
 def matrix_codes(b: Builder, stored: StoredCodes) -> ir.Value:
@@ -151,6 +147,11 @@ def row_codes(b: Builder, stored: StoredCodes) -> ir.Value:
     )
 
 
+def row_width(bits: int) -> int:
+    """Bits that a code takes in a table of rows: 1, 2, 4 or 8."""
+    return next(width for width in _ROW_CONTAINERS if width >= bits)
+
+
 def row_bytes(k: int, width: int) -> int:
     """Bytes of a row of `k` codes of a width."""
     return -(-k * width // 8)
@@ -177,6 +178,23 @@ def pack_rows(codes: Tensor, width: int) -> Tensor:
     for part, columns in enumerate(padded.split(size, dim=1)):
         packed |= columns << (part * width)
     return packed
+
+
+def unpack_rows(b: Builder, rows: ir.Value, k: int, width: int) -> ir.Value:
+    """Codes ``[..., k]`` uint8 from rows of bytes that `pack_rows` wrote."""
+    if width == 8:
+        return rows
+    mask = b.constant(2**width - 1, _UINT8)
+    parts = [
+        rows if shift == 0 else b.op("BitShift", rows, b.constant(shift, _UINT8), direction="RIGHT")
+        for shift in range(0, 8, width)
+    ]
+    # The highest bits are alone after their shift.
+    masked = [b.op("BitwiseAnd", part, mask) for part in parts[:-1]]
+    codes = b.op("Concat", *masked, parts[-1], axis=-1)
+    if row_bytes(k, width) * len(parts) == k:
+        return codes
+    return b.op("Slice", codes, [0], [k], [-1], [1])
 
 
 def _by_column(stored: StoredCodes) -> tuple[tuple[int, ...], Arrange]:

@@ -13,6 +13,7 @@ from qcompile.backends.onnx.signature import signature_of
 from qcompile.errors import TargetError
 from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.lookup import LookupFormat
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.lower.fix_sizes import FixSizes
@@ -57,7 +58,7 @@ class OnnxTarget(Target):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Integer weights of every width, the odd ones in wider elements; int8 activations."""
+        """Integers of every width and tables, the odd ones in wider elements; int8 activations."""
         return Capabilities(
             weight_format=_format_reason,
             embedding_format=_format_reason,
@@ -107,4 +108,5 @@ class OnnxTarget(Target):
 
 
 def _format_reason(format: Format) -> str | None:
-    return None if isinstance(format, IntegerFormat) else f"standard ONNX has no {format}"
+    known = isinstance(format, (IntegerFormat, LookupFormat))
+    return None if known else f"standard ONNX has no {format}"

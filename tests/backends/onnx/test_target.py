@@ -23,7 +23,7 @@ from qcompile.backends.onnx.external_data import predict_sizes
 from qcompile.backends.onnx.stored import pack_nibbles, pack_rows
 from qcompile.backends.onnx.target import OnnxTarget
 from qcompile.errors import RecipeError, TargetError
-from qcompile.formats import IntegerFormat, parse_format
+from qcompile.formats import IntegerFormat
 from qcompile.formats.base import Format
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir import dialect
@@ -109,11 +109,11 @@ def tied() -> Program:
     [
         *("int1-asym", "int2-g8", "int3-g16-asym", "int4", "int4-g16", "int4-g12-asym-bf16"),
         *("int4-g64", "int5-g8", "int6-asym", "int7-fp32", "int8", "int8-asym", "int8-g16-fp32"),
+        *("ternary", "ternary-g16-bf16", "fp4-g12", "e3m2-g8", "fp8", "e5m2-g16", "nf4-g16"),
+        *("nf4-g16-dq", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "(-1.5,-0.5,0.5,1.5)-g8"),
     ],
 )
-def test_every_integer_format_is_exact(
-    tied: Program, tmp_path: Path, name: str, activations: bool
-) -> None:
+def test_every_format_is_exact(tied: Program, tmp_path: Path, name: str, activations: bool) -> None:
     """Rows of 40 in groups of 12 and 16 end in short ones; 21 columns make nibbles odd."""
     passes: list[Pass] = [QuantizeWeights(name, embedding=name, lm_head=name)]
     program = run_passes(tied, [*passes, *([QuantizeActivations()] if activations else [])])
@@ -121,6 +121,25 @@ def test_every_integer_format_is_exact(
     ids = torch.tensor([[0, 20, 5, 7]])
     (found,) = run(tmp_path, ids)
     assert relative(found, program(ids)) < EXACT
+
+
+@pytest.mark.parametrize(
+    ("name", "element"),
+    [
+        ("ternary-g16", "INT4"),
+        ("fp4-g16", "INT8"),
+        ("fp8", "FLOAT8E4M3FN"),
+        ("e5m2-g16", "FLOAT8E5M2"),
+    ],
+)
+def test_levels_that_have_an_element_are_decoded_like_integers(
+    tied: Program, tmp_path: Path, name: str, element: str
+) -> None:
+    model = write(run_passes(tied, [QuantizeWeights(name, lm_head=name)]), tmp_path)
+    nodes = {node.op_type: node for node in model.graph.node}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    codes, *_ = nodes["DequantizeLinear"].input
+    assert onnx.TensorProto.DataType.Name(types[codes]) == element
 
 
 def test_weights_are_decoded_in_blocks_right_before_their_product(
@@ -149,6 +168,10 @@ def test_weights_are_decoded_in_blocks_right_before_their_product(
         ("int4-g16", 40 * 21 // 2, 21 * 20),
         ("int6-g16", 40 * 21, 21 * 40),
         ("int8", 40 * 21, 21 * 40),
+        ("ternary-g16", 40 * 21 // 2, 21 * 10),
+        ("nf4-g16", 40 * 21 // 2, 21 * 20),
+        ("fp4-g16", 40 * 21, 21 * 20),
+        ("fp8", 40 * 21, 21 * 40),
     ],
 )
 def test_codes_take_the_bytes_of_their_container(
@@ -160,8 +183,9 @@ def test_codes_take_the_bytes_of_their_container(
     codes = [size for key, size in packed.tensor_bytes.items() if ".codes" in key]
     assert sorted(codes) == sorted([matrix, rows])
     assert any("table.weight is stored 2 times" in note for note in packed.notes)
-    widened = any("bits stand in" in note for note in packed.notes)
-    assert widened == (parse_format(name).bits not in (4, 8))  # type: ignore[attr-defined]
+    wider = [note for note in packed.notes if "-bit elements" in note]
+    own_size = name in ("int4-g16", "int8", "fp8", "nf4-g16")
+    assert wider == [] if own_size else name in wider[0]
     sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert target.predict_files(program) == sizes
 

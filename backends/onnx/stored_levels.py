@@ -1,0 +1,170 @@
+"""Codes of tables as standard ONNX stores them, so that `DequantizeLinear` decodes them.
+
+Where the levels of a table are whole numbers, or become that by a power of two, the numbers
+themselves are stored, in 4 or 8 bits, and the power goes into the scales: ternary weights, small
+floats. The codes of 8-bit floats are elements of ONNX's own types. What is neither (NF4, tables of
+one's own) has no such form: its codes are stored as they are, and looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.dialect import spread_groups
+from qcompile.backends.onnx.dialect_lookup import look_up
+from qcompile.backends.onnx.stored import pack_nibbles, pack_rows, row_bytes, row_width, unpack_rows
+from qcompile.backends.onnx.values import Packed
+from qcompile.formats import LookupFormat, StoredWeight, stored_weight
+from qcompile.ir.weights import TensorSpec
+from qcompile.kernels.lookup.levels import code_bits, levels
+
+_FLOAT = ir.DataType.FLOAT
+_FLOAT8 = {"e4m3": ir.DataType.FLOAT8E4M3FN, "e5m2": ir.DataType.FLOAT8E5M2}
+_POWERS = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """How the levels of a table stand in elements that `DequantizeLinear` reads.
+
+    Attributes:
+        dtype: Of the elements.
+        values: The element of each code as a signed byte; None: the code itself, bit for bit.
+        factor: What an element is multiplied with to give the level.
+    """
+
+    dtype: ir.DataType
+    values: tuple[int, ...] | None = None
+    factor: float = 1.0
+
+
+def elements_of(table: str) -> Elements | None:
+    """The elements for a table, or None where it has to be looked up."""
+    if table in _FLOAT8:
+        return Elements(_FLOAT8[table])
+    numbers = levels(table)
+    for power in _POWERS:
+        scaled = [number * power for number in numbers]
+        if all(isfinite(x) and x.is_integer() and -128 <= x <= 127 for x in scaled):
+            narrow = min(scaled) >= -8 and max(scaled) <= 7
+            dtype = ir.DataType.INT4 if narrow else ir.DataType.INT8
+            return Elements(dtype, tuple(map(int, scaled)), 1 / power)
+    return None
+
+
+def element_bits(table: str) -> int:
+    """Bits that a weight takes where it is multiplied."""
+    elements = elements_of(table)
+    if elements is None:
+        return 4 if code_bits(table) <= 4 else 8
+    return 4 if elements.dtype == ir.DataType.INT4 else 8
+
+
+def stored_levels(node: object) -> StoredWeight | None:
+    """The weight that a node decodes by a table; None if it does anything else."""
+    weight = stored_weight(node)
+    is_table = weight is not None and isinstance(weight.format, LookupFormat)
+    return weight if weight is not None and is_table and len(weight.shape) == 2 else None
+
+
+def decoded_matrix(b: Builder, weight: StoredWeight) -> ir.Value:
+    """The weight as ``[K, N]`` float32, decoded at run time."""
+    format = weight.format
+    assert isinstance(format, LookupFormat)
+    elements = elements_of(format.table)
+    scale = _scale_by_column(b, weight)
+    if elements is None:
+        return _looked_up_matrix(b, weight, format, scale)
+    if elements.factor != 1:
+        scale = b.op("Mul", scale, elements.factor)
+    codes = _matrix_elements(b, weight, elements)
+    if _groups(weight) == 1:
+        return b.op("DequantizeLinear", codes, scale, dtype=_FLOAT, axis=1)
+    return b.op(
+        "DequantizeLinear", codes, scale, dtype=_FLOAT, axis=0, block_size=format.group_size
+    )
+
+
+def gathered_rows(b: Builder, weight: StoredWeight, ids: ir.Value) -> ir.Value:
+    """Rows of the weight, ``[..., K]`` float32."""
+    format = weight.format
+    assert isinstance(format, LookupFormat)
+    n, k = weight.shape
+    name, width = _codes(weight), row_width(code_bits(format.table))
+    if width == 8:
+        packed = b.weight(name)
+    else:
+        spec = TensorSpec((n, row_bytes(k, width)), torch.uint8)
+        label = f"rows{width}"
+        packed = b.arranged_weight(name, label, spec, lambda codes: pack_rows(codes, width))
+    codes = unpack_rows(b, b.op("Gather", packed, ids, axis=0), k, width)
+    scale = b.op("Gather", b.emitted[_scale_node(weight)], ids, axis=0)
+    spread = spread_groups(b, scale, _groups(weight), k, format.group_size, b.dtype)
+    return b.op("Mul", look_up(b, codes, format.table), spread)
+
+
+def _matrix_elements(b: Builder, weight: StoredWeight, elements: Elements) -> ir.Value:
+    n, k = weight.shape
+    table = None if elements.values is None else torch.tensor(elements.values, dtype=torch.int8)
+
+    def turn(codes: Tensor) -> Tensor:
+        turned = codes.t()
+        return turned if table is None else table[turned.long()]
+
+    if elements.dtype == ir.DataType.INT4:
+        spec = TensorSpec((-(-k * n // 2),), torch.uint8)
+        packed = Packed(elements.dtype, (k, n))
+        return b.arranged_weight(
+            _codes(weight), "matrix", spec, lambda codes: pack_nibbles(turn(codes), 0), packed
+        )
+    spec = TensorSpec((k, n), torch.uint8 if table is None else torch.int8)
+    return b.arranged_weight(_codes(weight), "matrix", spec, turn, Packed(elements.dtype, (k, n)))
+
+
+def _looked_up_matrix(
+    b: Builder, weight: StoredWeight, format: LookupFormat, scale: ir.Value
+) -> ir.Value:
+    n, k = weight.shape
+    if code_bits(format.table) <= 4:
+        codes = b.arranged_weight(
+            _codes(weight),
+            "nibbles",
+            TensorSpec((-(-k * n // 2),), torch.uint8),
+            lambda codes: pack_nibbles(codes.t(), 0),
+            Packed(ir.DataType.UINT4, (k, n)),
+        )
+    else:
+        spec = TensorSpec((k, n), torch.uint8)
+        codes = b.arranged_weight(_codes(weight), "transposed", spec, lambda codes: codes.t())
+    if _groups(weight) > 1:
+        places = b.constant([row // format.group_size for row in range(k)], ir.DataType.INT64)
+        scale = b.op("Gather", scale, places, axis=0)
+    return b.op("Mul", look_up(b, codes, format.table), scale)
+
+
+def _scale_by_column(b: Builder, weight: StoredWeight) -> ir.Value:
+    """The scales as float32: ``[G, N]``, or ``[N]`` where there is one per column."""
+    scale = b.cast(b.emitted[_scale_node(weight)], _FLOAT)
+    if _groups(weight) == 1:
+        return b.op("Reshape", scale, [-1])
+    return b.op("Transpose", scale, perm=[1, 0])
+
+
+def _codes(weight: StoredWeight) -> str:
+    return str(weight.tensors["codes"].target)
+
+
+def _scale_node(weight: StoredWeight) -> fx.Node:
+    scale = weight.value.args[1]
+    assert isinstance(scale, fx.Node)
+    return scale
+
+
+def _groups(weight: StoredWeight) -> int:
+    return int(_scale_node(weight).meta["val"].shape[-1])
