@@ -41,11 +41,13 @@ struct LinearTile {
   const int32_t* sums;
   const float* scales;
   int64_t scales_per_row;  // groups, or 1
+  // The same for linear_panels: ActivationPanels from row 0 on.
+  const uint8_t* panels;
 
   const float* bias;      // [n] or null
   const float* residual;  // [rows, n] or null
   float* y;               // [rows, n]
-  float* scratch;         // linear_scratch_floats(rows) floats; float activations only
+  float* scratch;         // kLinearScratchFloats, or PanelScratchBytes(layout); else unused
 };
 
 // Softmax attention of a few query rows over one key/value head.
@@ -94,6 +96,30 @@ constexpr int64_t kLinearFloatBlocks = 2;   // column blocks that are dequantize
 constexpr int64_t kLinearScratchFloats =
     (kLinearFloatDepth + kLinearFloatRows) * kLinearFloatBlocks * kColumns;
 
+constexpr int64_t kPanelRows = 12;   // rows of a panel of activations
+constexpr int64_t kPanelBlocks = 2;  // column blocks whose codes are unpacked at a time
+
+// Integer activations of kPanelRows rows: codes + 128, [padded_k / 4][kPanelRows][4], then scales
+// [scales_per_row][kPanelRows]. Past the last row anything may stand.
+struct ActivationPanel {
+  int64_t padded_k, scales_per_row;
+
+  int64_t scales_at() const { return kPanelRows * padded_k; }
+  int64_t bytes() const {
+    return scales_at() + kPanelRows * scales_per_row * int64_t{sizeof(float)};
+  }
+};
+
+// Whether linear_panels knows a weight: its codes, less their zero points, must fit 8 bits.
+inline bool FitsPanels(const PackedLayout& layout) {
+  return layout.bits < 8 || !layout.has_zero_point;
+}
+
+inline int64_t PanelScratchBytes(const PackedLayout& layout) {
+  constexpr int64_t kHeadBytes = sizeof(float) + sizeof(int32_t);
+  return kPanelBlocks * kColumns * (layout.groups() * kHeadBytes + layout.padded_k());
+}
+
 // One row of float activations times a Hadamard matrix per block: y = scale * x (I kron C kron S).
 struct HadamardRow {
   const float* x;  // [n]
@@ -111,6 +137,10 @@ struct KernelTable {
   void (*quantize_row)(const QuantizeRow& row);
   void (*linear_int8)(const LinearTile& tile);
   void (*linear_float)(const LinearTile& tile);
+  // For many rows of integer activations, from panels; null where linear_int8 is as good.
+  void (*linear_panels)(const LinearTile& tile);
+  // Rows row_begin to row_end of a tile's integer activations, at most kPanelRows, as a panel.
+  void (*pack_panel)(const LinearTile& tile, uint8_t* panel);
   void (*attention)(const AttentionTile& tile);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t dim, float epsilon);
   void (*gated_activation)(Activation kind, const float* gate, const float* up, float* y,

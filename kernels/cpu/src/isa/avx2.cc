@@ -8,8 +8,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",  QuantizeActivations, LinearInt8, LinearFloat, Attention,
-    RmsNorm, GatedActivation,     Hadamard,
+    "avx2",  QuantizeActivations, LinearInt8, LinearFloat,     nullptr,
+    nullptr, Attention,           RmsNorm,    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -4,12 +4,13 @@
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
+#include "linear_panel.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512", QuantizeActivations, LinearInt8, LinearFloat, Attention,
-    RmsNorm,  GatedActivation,     Hadamard,
+    "avx512",  QuantizeActivations, LinearInt8, LinearFloat,     LinearPanels,
+    PackPanel, Attention,           RmsNorm,    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

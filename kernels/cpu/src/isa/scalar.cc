@@ -8,8 +8,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kScalarKernels = {
-    "scalar", QuantizeActivations, LinearInt8, LinearFloat, Attention,
-    RmsNorm,  GatedActivation,     Hadamard,
+    "scalar", QuantizeActivations, LinearInt8, LinearFloat,     nullptr,
+    nullptr,  Attention,           RmsNorm,    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

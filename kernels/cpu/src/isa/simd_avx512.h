@@ -133,6 +133,26 @@ inline I DotAccumulate(I sum, Bytes codes, int32_t four_signed) {
   return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(four_signed))};
 }
 
+// What the kernels of linear_panel.h need besides.
+
+inline I LoadInts(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void StoreInts(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+inline void StoreQuad(uint8_t* p, Bytes quad) { _mm512_storeu_si512(p, quad.v); }
+// Byte minus the number in its 32-bit lane.
+inline Bytes Subtract(Bytes quad, I number) {
+  return {_mm512_sub_epi8(quad.v, _mm512_mullo_epi32(number.v, _mm512_set1_epi32(0x01010101)))};
+}
+inline Bytes BroadcastFour(const uint8_t* four) {
+  int32_t bits;
+  memcpy(&bits, four, sizeof(bits));
+  return {_mm512_set1_epi32(bits)};
+}
+// GCC 12 copies the sum when the intrinsic has to update many of them in a loop, and keeps half of
+// them on the stack.
+inline void DotAccumulate(I* sum, Bytes without_sign, Bytes with_sign) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum->v) : "v"(without_sign.v), "v"(with_sign.v));
+}
+
 template <int kByte>
 inline I ExtractByte(Bytes codes) {
   return {_mm512_and_si512(_mm512_srli_epi32(codes.v, 8 * kByte), _mm512_set1_epi32(0xff))};

@@ -1,0 +1,66 @@
+// Products of one input with packed weights: what QLinear, QLinears and QGatedLinear share.
+//
+// The input is normed if it is to be, rounded once, and read by all layers. The work is cut into
+// tiles of rows and columns; neither the cut nor the number of threads changes a result.
+#ifndef QCOMPILE_CPU_OPS_LINEAR_PRODUCT_H_
+#define QCOMPILE_CPU_OPS_LINEAR_PRODUCT_H_
+
+#include "packed_weight.h"
+
+namespace qcompile::cpu {
+
+enum class ActivationFormat { kFloat, kInt8PerToken, kInt8PerGroup };
+
+ActivationFormat ReadActivationFormat(const Attributes& attributes);
+
+// Throws unless a weight can be multiplied with activations of a format.
+void RequireProduct(const PackedLayout& layout, ActivationFormat format);
+
+// The input of a product: rows of k floats, and the RMS norm that comes first.
+struct LinearInput {
+  const float* x = nullptr;
+  int64_t rows = 0;
+  bool normed = false;
+  const float* norm_weight = nullptr;  // [k] or null
+  float epsilon = 0.0f;
+};
+
+struct LinearLayer {
+  const PackedLayout* layout;
+  const uint8_t* weight;
+  const float* bias;      // [n] or null
+  const float* residual;  // [rows, n] or null
+  float* y;               // [rows, n]
+};
+
+class LinearProduct {
+ public:
+  LinearProduct(const Context& context, const KernelTable& kernels, ActivationFormat format)
+      : context_(context), kernels_(kernels), format_(format) {}
+
+  // y = x . weight^T + bias + residual for every layer. They have the same k, and with int8
+  // activations the same group size.
+  void Run(const LinearInput& input, const LinearLayer* layers, int64_t count) const;
+
+  // y = activation(x . gate^T + bias) * (x . up^T + bias), to `up.y`; gate.y is not used.
+  void RunGated(const LinearInput& input, const LinearLayer& gate, const LinearLayer& up,
+                Activation activation) const;
+
+ private:
+  struct Split;
+
+  bool UsesPanels(const LinearLayer* layers, int64_t count, int64_t rows) const;
+  LinearTile Prepare(const LinearInput& input, const PackedLayout& layout, bool panels) const;
+  LinearTile PrepareFloat(const LinearInput& input, const PackedLayout& layout) const;
+  LinearTile PrepareInt8(const LinearInput& input, const PackedLayout& layout, bool panels) const;
+  Split SplitWork(const PackedLayout& layout, int64_t rows) const;
+  void RunTile(const Split& split, int64_t task, const LinearLayer& layer, LinearTile* tile) const;
+
+  const Context& context_;
+  const KernelTable& kernels_;
+  const ActivationFormat format_;
+};
+
+}  // namespace qcompile::cpu
+
+#endif  // QCOMPILE_CPU_OPS_LINEAR_PRODUCT_H_
