@@ -86,8 +86,9 @@ def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> No
         flat = list(ctx.plain)
         for position, saved in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
             flat[position] = saved.detach().requires_grad_(saved.is_floating_point())
+        arguments = tree_unflatten(flat, ctx.tree)
         with torch.enable_grad():
-            output = reference(*tree_unflatten(flat, ctx.tree))
+            output = reference(*arguments)
         gradients: list[Tensor | None] = [None] * len(flat)
         if output.requires_grad:
             found = torch.autograd.grad(
@@ -95,15 +96,17 @@ def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> No
             )
             for position, gradient in zip(ctx.wanted, found, strict=True):
                 gradients[position] = gradient
-        return tuple(_gradients_of(part) for part in tree_unflatten(gradients, ctx.tree))
+        parts = tree_unflatten(gradients, ctx.tree)
+        return tuple(_gradients_of(*both) for both in zip(parts, arguments, strict=True))
 
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
 
 
-def _gradients_of(part: Any) -> Any:
-    """Those of one argument: a list of plain values has no gradients of its own."""
-    is_list_of_tensors = isinstance(part, list) and any(isinstance(g, Tensor) for g in part)
-    return part if is_list_of_tensors or not isinstance(part, list) else None
+def _gradients_of(part: Any, argument: Any) -> Any:
+    """Those of one argument: a list has one per tensor, unless it is a list of plain values."""
+    if not isinstance(argument, list):
+        return part
+    return part if all(isinstance(value, Tensor) for value in argument) else None
 
 
 def _attention_shape(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qcompile.ir import dialect
@@ -111,3 +112,10 @@ def test_is_dialect_op_tells_qc_from_aten() -> None:
     assert dialect.is_dialect_op(dialect.rope)
     assert not dialect.is_dialect_op(torch.ops.aten.add.Tensor)
     assert not dialect.is_dialect_op(len)
+
+
+@pytest.mark.parametrize("signs", [[], [torch.tensor([1, -1, 1, 1], dtype=torch.int8)]])
+def test_lists_of_tensors_without_gradients_pass_those_of_others(signs: list[Tensor]) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    dims = [4, 0, len(signs)]
+    assert torch.autograd.gradcheck(lambda v: dialect.transform(v, signs, "hadamard", dims), x)
