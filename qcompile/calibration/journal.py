@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from qcompile.errors import DataError
 
 _SUFFIX = ".safetensors"
+
+_ABANDONED_SECONDS = 3600.0
+"""A file half written for as long as this was left by a process that was killed."""
 
 KEPT_BYTES = 8 << 30
 """Past this much, entries that were not used for the longest time go."""
@@ -60,10 +64,13 @@ class Journal:
                 self._is_open = True
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(file.name, path)
+                try:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+                finally:  # an error or Ctrl-C leaves nothing half written
+                    Path(file.name).unlink(missing_ok=True)
         except OSError as error:
             raise DataError(
                 f"work directory '{self.directory}' cannot be written to: {error.strerror}",
@@ -78,8 +85,9 @@ class Journal:
         found = [path for path in self.directory.glob("??/*") if path.is_file()]
         entries = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in found)
         total = sum(size for _, size, _ in entries)
-        for _, size, path in entries:
-            if total > self._kept_bytes:
+        abandoned = time.time() - _ABANDONED_SECONDS
+        for changed, size, path in entries:
+            if total > self._kept_bytes or (path.suffix != _SUFFIX and changed < abandoned):
                 path.unlink(missing_ok=True)
                 total -= size
 
