@@ -15,11 +15,13 @@ from qcompile.passes.transform.duquant import Duquant
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.fuse_transforms import FuseTransforms
 from qcompile.passes.transform.rotate import Rotate
+from qcompile.passes.transform.smooth import Smooth
 from qcompile.recipe import Recipe, StepOptions
 from qcompile.recipe_schema import TRANSFORM_STEPS
 
 PASSES: Mapping[str, Callable[..., Pass]] = {
     "rotate": Rotate,
+    "smooth": Smooth,
     "duquant": Duquant,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,

@@ -70,11 +70,24 @@ def _non_empty(pattern: str) -> str:
     return pattern
 
 
+def _known_method(name: str) -> str:
+    from qcompile.passes.quantize.methods import make_method  # pulls in torch
+
+    try:
+        make_method(name)
+    except QCompileError as error:
+        raise _custom_error("method", error.message, error.remedy) from error
+    return name
+
+
 WeightFormat = Annotated[str, AfterValidator(_canonical_format)]
 """A weight format by name, such as ``"int4-g64-asym-bf16"``; kept in its canonical spelling."""
 
 WeightFormatOrFloat = Annotated[str, AfterValidator(_canonical_format_or_float)]
 """A weight format by name, or ``"float"`` for a weight that stays as it is."""
+
+WeightMethod = Annotated[str, AfterValidator(_known_method)]
+"""A way to choose the codes of weights, by name, such as ``"gptq"``."""
 
 Pattern = Annotated[str, AfterValidator(_non_empty)]
 """A shell-style pattern (``*``, ``?``, ``[...]``) on a weight's name in the checkpoint.
@@ -121,7 +134,7 @@ class QuantizeWeights(StepOptions):
     """
 
     format: WeightFormat
-    method: str = "rtn"
+    method: WeightMethod = "rtn"
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     scale_search: Literal["absmax", "mse", "l2.4"] = "absmax"
     sequential: Literal["layer", "block", "none"] = "layer"
@@ -131,7 +144,7 @@ class QuantizeWeights(StepOptions):
     overrides: tuple[WeightOverride, ...] = ()
 
     @model_validator(mode="after")
-    def _check_method(self) -> QuantizeWeights:
+    def _check_options(self) -> QuantizeWeights:
         from qcompile.passes.quantize.methods import make_method  # pulls in torch
 
         try:
@@ -181,6 +194,30 @@ class Rotate(StepOptions):
     seed: int = 0
 
 
+class Smooth(StepOptions):
+    """Step ``smooth``: scales move outliers from activations into the weights that read them.
+
+    Needs calibration data. Comes before ``rotate``, which takes away the gains that take up scales.
+
+    Attributes:
+        method: The rule that scales follow.
+        strength: Its parameter (SmoothQuant's alpha, AWQ's exponent, the threshold of ``os+`` over
+            the largest activation); None searches it for each site.
+        weights: The format that the search rounds weights to: that of ``quantize_weights``.
+        activations: What the search rounds activations to: as ``quantize_activations``, or
+            ``"float"`` where these stay floats.
+        granularity: Whether activations have a scale per ``"token"`` or per ``"tensor"``.
+        ignore: Patterns on names of weights; what one of them reads is not scaled.
+    """
+
+    method: Literal["smoothquant", "awq", "os+"] = "smoothquant"
+    strength: float | None = Field(default=None, gt=0, lt=1)
+    weights: WeightFormat = "int8"
+    activations: Literal["float", "int2", "int3", "int4", "int5", "int6", "int7", "int8"] = "int8"
+    granularity: Literal["token", "tensor"] = "token"
+    ignore: tuple[Pattern, ...] = ()
+
+
 class Duquant(StepOptions):
     """Step ``duquant``: rotations in blocks and a permutation before linears, fit to their inputs.
 
@@ -203,6 +240,7 @@ class Duquant(StepOptions):
 STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
     {
         "rotate": Rotate,
+        "smooth": Smooth,
         "duquant": Duquant,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
@@ -211,7 +249,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
-TRANSFORM_STEPS: Final = frozenset({"duquant", "rotate"})
+TRANSFORM_STEPS: Final = frozenset({"duquant", "rotate", "smooth"})
 """Steps that change bases and keep the function; weights must still be floats."""
 
 

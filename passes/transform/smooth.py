@@ -1,0 +1,188 @@
+"""Scales move outliers from activations into weights: SmoothQuant, AWQ, Outlier Suppression+."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qcompile.calibration.requests import Request, Statistics
+from qcompile.calibration.statistics import ChannelMoments, ChannelRange, Rows, Statistic
+from qcompile.errors import RecipeError
+from qcompile.formats import Format, parse_format
+from qcompile.ir.program import Program
+from qcompile.ir.types import Fact
+from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
+from qcompile.passes.measure import measure
+from qcompile.passes.quantize.policy import matches_any
+from qcompile.passes.transform.absorb import absorb
+from qcompile.passes.transform.smoothing.methods import RULES, Magnitudes, ScaleRule
+from qcompile.passes.transform.smoothing.objective import Objective, ReaderSamples, Rounding
+from qcompile.passes.transform.smoothing.scale_sites import Reader, ScaleSite, find_scale_sites
+from qcompile.passes.transform.values import Diagonal
+
+Granularity = Literal["token", "tensor"]
+
+_MOST_ROWS = 256
+"""Inputs that a choice of scales is judged on."""
+
+_LARGEST_SCALE = 1e4
+"""Of a scale and of its reciprocal: what narrow floats can still hold beside ordinary numbers."""
+
+
+class Smooth(Pass):
+    """Divides channels by scales and multiplies the weights that read them.
+
+    ::
+
+        rms_norm(x, g), linear(., W)    =>   rms_norm(x, g / s), linear(., W * s)
+
+    and likewise between values and the linear behind attention (one scale per channel of a kv head,
+    shared by its query heads), and between ``up`` and ``down``: at every site that takes scales and
+    that a layer reads. Sites are found by dataflow; those that cannot be scaled are skipped with
+    the reason. The function stays the same.
+
+    The strength of the rule (SmoothQuant's alpha, AWQ's r, the threshold of Outlier Suppression+)
+    is searched for each site, on sampled inputs, with weights and activations rounded as they will
+    be; no scaling at all takes part in the search. The result's details say
+    ``sources, sinks, strength, error, error_unscaled``.
+
+    Args:
+        method: A key of `RULES`.
+        strength: The same for all sites; None searches.
+        weights: The format that the search rounds weights to.
+        activations: ``"int4"`` and the like, or ``"float"``: what it does to activations.
+        granularity: Whether activations have one scale per ``"token"`` or per ``"tensor"``.
+        ignore: Patterns on names of weights; a site that one of them reads stays as it is.
+
+    Raises:
+        RecipeError: The method or a format is unknown.
+    """
+
+    requires = frozenset({Fact.RAISED})
+    numerics = Equivalent()
+
+    def __init__(
+        self,
+        method: str = "smoothquant",
+        *,
+        strength: float | None = None,
+        weights: str | Format = "int8",
+        activations: str = "int8",
+        granularity: Granularity = "token",
+        ignore: Iterable[str] = (),
+    ) -> None:
+        if method not in RULES:
+            raise RecipeError(
+                f"unknown method '{method}' of smooth", remedy=f"known: {', '.join(RULES)}"
+            )
+        bits = {"float": None, **{f"int{bits}": bits for bits in range(2, 9)}}
+        if activations not in bits:
+            raise RecipeError(
+                f"smooth cannot round activations to '{activations}'",
+                remedy=f"known: {', '.join(bits)}",
+            )
+        self._rule: ScaleRule = RULES[method]
+        self._method = method
+        self._strength = strength
+        format = weights if isinstance(weights, Format) else parse_format(weights)
+        self._rounding = Rounding(format, bits[activations], granularity == "tensor")
+        self._ignore = tuple(ignore)
+
+    def run(self, program: Program, context: Context) -> PassResult:
+        """Chooses scales for every site, then absorbs them.
+
+        Raises:
+            DataError: There is no calibration data, or it does not fit.
+        """
+        result = PassResult()
+        sites = [site for site in find_scale_sites(program) if self._is_wanted(site, result)]
+        scale_sites = [site for site in sites if isinstance(site, ScaleSite)]
+        found = self._measure(program, scale_sites, context)
+        context.progress.stage("choose scales", len(scale_sites))
+        for site in scale_sites:
+            seen = _seen(program, site, found)
+            scales, detail = self._choose(program, site, found, seen)
+            absorb(program, site.site, [Diagonal(1 / scale) for scale in scales])
+            result.rewrites += 1
+            result.details.append(
+                {"sources": site.site.sources, "sinks": site.site.sinks, **detail}
+            )
+            context.progress.advance(1, site.site.sinks[0])
+        return result
+
+    def _is_wanted(self, site: ScaleSite | Skip, result: PassResult) -> bool:
+        if isinstance(site, Skip):
+            result.skips.append(site)
+            return False
+        ignored = [name for name in site.site.sinks if matches_any(self._ignore, name)]
+        result.skips += [Skip(name, "its input is kept by the recipe") for name in ignored]
+        return not ignored
+
+    def _measure(
+        self, program: Program, sites: Iterable[ScaleSite], context: Context
+    ) -> Statistics:
+        kinds: list[Callable[[], Statistic]] = [ChannelRange, ChannelMoments]
+        if self._strength is None:
+            kinds.append(partial(Rows, every=16))
+        values = {reader.value: None for site in sites for reader in site.readers}
+        requests = [Request(value, kind) for value in values for kind in kinds]
+        return measure(program, requests, context, f"smooth (method '{self._method}')")
+
+    def _choose(
+        self,
+        program: Program,
+        site: ScaleSite,
+        found: Statistics,
+        seen: Sequence[Magnitudes],
+    ) -> tuple[list[Tensor], dict[str, object]]:
+        """The scales of each block, and what to report of them."""
+        if self._strength is not None:
+            return self._scales(seen, self._strength), {"strength": self._strength}
+        samples = [_samples(program, reader, found) for reader in site.readers]
+        objective = Objective(site, samples, self._rounding)
+        none = [torch.ones_like(block.largest) for block in seen]
+        unscaled = objective(none)
+        tried = [
+            (objective(scales), strength, scales)
+            for strength in self._rule.strengths
+            for scales in [self._scales(seen, strength)]
+        ]
+        error, strength, scales = min(tried, key=lambda item: item[:2])
+        if unscaled <= error:
+            return none, {"strength": None, "error": unscaled, "error_unscaled": unscaled}
+        return scales, {"strength": strength, "error": error, "error_unscaled": unscaled}
+
+    def _scales(self, seen: Sequence[Magnitudes], strength: float) -> list[Tensor]:
+        return [
+            self._rule.scale(block, strength).clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
+            for block in seen
+        ]
+
+
+def _seen(program: Program, site: ScaleSite, found: Statistics) -> list[Magnitudes]:
+    """The magnitudes of each block: the largest, or mean, over all that reads it."""
+    zeros = torch.zeros(site.site.size, dtype=torch.float64)
+    largest, mean, weights = ([zeros.clone() for _ in site.site.blocks] for _ in range(3))
+    for reader in site.readers:
+        weight = program.weights.materialize(reader.weight)
+        statistics = (
+            (largest, found.of(reader.value, ChannelRange).absmax),
+            (mean, found.of(reader.value, ChannelMoments).mean_abs),
+            (weights, weight.abs().flatten(0, -2).amax(0)),
+        )
+        for kept, per_channel in statistics:
+            for block, part in site.by_block(reader, per_channel.to(torch.float64)):
+                kept[block] = torch.maximum(kept[block], part)
+    return [Magnitudes(*parts) for parts in zip(largest, mean, weights, strict=True)]
+
+
+def _samples(program: Program, reader: Reader, found: Statistics) -> ReaderSamples:
+    rows = found.of(reader.value, Rows).values
+    step = -(-len(rows) // _MOST_ROWS)
+    weight = program.weights.materialize(reader.weight).flatten(0, -2)
+    largest = found.of(reader.value, ChannelRange).absmax
+    return ReaderSamples(reader, weight, rows[::step], largest)
