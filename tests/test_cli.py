@@ -227,6 +227,8 @@ def test_recipes_make_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 def test_compile_passes_every_option_on(compiled: dict[str, Any]) -> None:
     plain = ["-r", "w8-rtn", "-t", "cpu", "--threads", "2", "--overwrite", "--dequantize"]
     plain += ["--check", "local"]
+    plain += ["--calibration", "t.txt", "--samples", "3", "--length", "64", "--seed", "7"]
+    plain += ["--memory-limit", "2GiB", "--work-dir", "w"]
     settings = ["--set", "a.b=int8", "--set", "a.c=[x]"]
     assert main(["compile", "dir", "-o", "out", *plain, *settings]) == 0
     compiled.pop("progress")
@@ -239,6 +241,12 @@ def test_compile_passes_every_option_on(compiled: dict[str, Any]) -> None:
         "overwrite": True,
         "dequantize": True,
         "check": "local",
+        "calibration": "t.txt",
+        "calibration_samples": 3,
+        "calibration_length": 64,
+        "memory_limit": "2GiB",
+        "work_dir": Path("w"),
+        "seed": 7,
         "overrides": {"a.b": "int8", "a.c": ["x"]},
     }
 

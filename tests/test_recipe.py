@@ -148,8 +148,13 @@ WRONG = {
     ),
     "method": (
         WEIGHTS + "      method: magic\n",
-        "line 4: quantize_weights.method: must be 'rtn', not 'magic'",
+        "line 4: quantize_weights.method: unknown method 'magic'",
         None,
+    ),
+    "option of a method": (
+        WEIGHTS + "      method: gptq\n      options: {actorder: true}\n",
+        "line 2: quantize_weights: method 'gptq' has no option 'actorder'",
+        "did you mean 'act_order'?",
     ),
     "type": (
         WEIGHTS + "      ignore: lm_head\n",

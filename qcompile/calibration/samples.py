@@ -101,7 +101,9 @@ class ExampleInputs(CalibrationData):
     def fingerprint(self) -> str:
         """A hash of all tensors."""
         digest = hashlib.sha256(b"examples")
-        for value in pytree.tree_leaves(self.samples):
+        leaves, structure = pytree.tree_flatten(self.samples)
+        digest.update(repr(structure).encode())
+        for value in leaves:
             if isinstance(value, Tensor):
                 digest.update(f"{tuple(value.shape)}:{value.dtype}".encode())
                 content = value.detach().cpu().contiguous().flatten().view(torch.uint8)

@@ -92,7 +92,7 @@ class DataSource:
         if any(isinstance(item, (Mapping, tuple)) for item in items):
             return ExampleInputs(items)
         rows = [_ids(item) for item in items]
-        if len({row.shape for row in rows}) == 1 and rows[0].size >= 2:
+        if len(rows) > 1 and len({row.shape for row in rows}) == 1:
             return TokenWindows(np.stack(rows)[: self.samples], "the given tokens")
         return self._of_tokens(np.concatenate(rows), "the given tokens")
 
