@@ -31,8 +31,13 @@ def dequantize(
         group_size: Elements per group along K; 0 means one group.
 
     Returns:
-        [..., K] float32, or float64 when `scale` is.
+        [..., K] float32, or float64 when `scale` is. Of uint8 codes the values are those of float32
+        in any case: that rounding of the product is part of what a weight decodes to, on every
+        target and in every check.
     """
+    if codes.dtype == torch.uint8 and scale.dtype == torch.float64:
+        rounded = dequantize(codes, scale.to(torch.float32), zero_point, bits, group_size)
+        return rounded.to(torch.float64)
     size = codes.shape[-1]
     dtype = torch.float64 if scale.dtype == torch.float64 else torch.float32
     steps = codes.to(dtype)

@@ -50,7 +50,7 @@ def levels(table: str) -> tuple[float, ...]:
     match = _FLOAT.fullmatch(table)
     if match is not None and int(match[1]) + int(match[2]) < 8:
         return _small_float(int(match[1]), int(match[2]))
-    if table.startswith("(") and table.endswith(")"):
+    if table.startswith("("):
         return _numbers(table)
     raise ValueError(f"'{table}' is no table of levels")
 
@@ -110,7 +110,7 @@ def _normal_float() -> tuple[float, ...]:
 
 def _numbers(table: str) -> tuple[float, ...]:
     try:
-        values = tuple(float(number) for number in table[1:-1].split(","))
+        values = tuple(float(number) for number in table[1:].removesuffix(")").split(","))
     except ValueError as error:
         raise ValueError(f"'{table}' is no list of numbers") from error
     if not 2 <= len(values) <= MOST_LEVELS or len(set(values)) < len(values):

@@ -12,7 +12,7 @@ from qcompile.kernels.quantize.groups import spread_groups
 
 
 def lookup(codes: Tensor, scale: Optional[Tensor], levels: str, group_size: int) -> Tensor:
-    """Values of codes: levels[code] * scale.
+    """Values of codes: levels[code] * scale, one product that is rounded to float32.
 
     Args:
         codes: [..., K] uint8, below the number of levels.
@@ -22,17 +22,18 @@ def lookup(codes: Tensor, scale: Optional[Tensor], levels: str, group_size: int)
         group_size: Elements per scale along K; 0 means one scale.
 
     Returns:
-        [..., K] float32, or float64 when `scale` is.
+        [..., K] float32, or float64 when `scale` is. The values are those of float32 in any case:
+        that rounding of the product is part of what a weight decodes to, on every target and in
+        every check.
     """
-    wide = scale is not None and scale.dtype == torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    table = torch.tensor(table_of(levels), dtype=dtype, device=codes.device)
-    return look_up(codes, scale, table, group_size)
+    table = torch.tensor(table_of(levels), dtype=torch.float32, device=codes.device)
+    values = look_up(codes, scale, table, group_size)
+    return values if scale is None or scale.dtype != torch.float64 else values.to(torch.float64)
 
 
 def look_up(codes: Tensor, scale: Optional[Tensor], table: Tensor, group_size: int) -> Tensor:
-    """`lookup` in a table that is a tensor, [L] floating, whose dtype the result has."""
+    """`lookup` in a table that is a tensor, [L] float32."""
     values = table.index_select(0, codes.flatten().to(torch.int32)).reshape(codes.shape)
     if scale is None:
         return values
-    return values * spread_groups(scale.to(table.dtype), codes.shape[-1], group_size)
+    return values * spread_groups(scale.to(torch.float32), codes.shape[-1], group_size)

@@ -82,7 +82,10 @@ class Interpreter(fx.Interpreter):
         args, kwargs = fx.node.map_aggregate((args, kwargs), self._follow)
         if self.device.type != "cpu" and _makes_tensors(target):
             kwargs = {**kwargs, "device": self.device}
-        return super().call_function(target, args, kwargs)
+        value = super().call_function(target, args, kwargs)
+        # Operators that make numbers of codes alone make float32.
+        is_single = isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(self.dtype) if is_single else value
 
     def _follow(self, value: Any) -> Any:
         if value is torch.float32:

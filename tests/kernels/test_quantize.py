@@ -109,6 +109,16 @@ def test_dequantize_result_is_float32_unless_scale_is_float64(scale_dtype, value
     assert dequantize(codes, scale, None, 4, 0).dtype == value_dtype
 
 
+def test_dequantize_of_activations_follows_float64_and_of_weights_rounds_as_they_do():
+    scale = torch.tensor([[0.1]])  # a float32 whose multiples need more digits
+    codes = torch.tensor([[7]], dtype=torch.int8)
+    assert dequantize(codes, scale.double(), None, 8, 0).item() == 7 * scale.double().item()
+    weights = codes.to(torch.uint8)
+    zero = torch.zeros(1, 1, dtype=torch.uint8)
+    wide = dequantize(weights, scale.double(), zero, 8, 0)
+    assert torch.equal(wide, dequantize(weights, scale, zero, 8, 0).double())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.integers(1, 70),
