@@ -6,6 +6,8 @@ one, and nothing is left beside it (what kill -9 leaves, the next run removes).
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 import shutil
@@ -19,7 +21,7 @@ import pytest
 from tests.faults.conftest import Outcome, WarmProcess
 from tests.faults.strikes import can_fill_disk
 
-from qcompile.errors import ArtifactError
+from qcompile.errors import ArtifactError, DataError
 
 SEEDS = 50
 FAST_SEEDS = 3
@@ -32,7 +34,7 @@ class Scenario:
     """A compilation to strike at.
 
     Attributes:
-        options: Of ``qcompile compile``.
+        options: Of ``qcompile compile``; ``{work}`` stands for a new work directory.
         replaces: Whether an artifact of another recipe stands at the output before.
     """
 
@@ -40,10 +42,13 @@ class Scenario:
     replaces: bool = False
 
 
+CALIBRATED = "--set quantize_weights.method=gptq --samples 2 --length 32 --work-dir {work}"
+
 SCENARIOS = {
-    "cpu": Scenario(),
-    "cpu, replacing": Scenario(replaces=True),
+    "replacing": Scenario(replaces=True),
+    "calibrated": Scenario(tuple(CALIBRATED.split())),
     "cuda, replacing": Scenario(("--target", "cuda"), replaces=True),
+    "new": Scenario(),
 }
 
 OLD = Scenario(("--recipe", "float"))
@@ -84,6 +89,12 @@ class Struck:
         """What stands at the output and beside it."""
         return sorted(path.name for path in self.output.parent.iterdir())
 
+    @property
+    def unfinished(self) -> list[Path]:
+        """Files in the work directory that are no finished entries."""
+        files = [path for path in work_directory(self.output).rglob("*") if path.is_file()]
+        return [path for path in files if path.suffix != ".safetensors"]
+
 
 class Workshop:
     """Compiles one model in a warm process, each time into a directory of its own.
@@ -121,7 +132,9 @@ class Workshop:
     ) -> Outcome:
         """``qcompile compile`` as a scenario has it."""
         arguments = ["compile", str(self._checkpoint), "-o", str(output), "--threads", "1", "-q"]
-        arguments += [*scenario.options, *(["--overwrite"] if scenario.replaces else [])]
+        work = str(work_directory(output))
+        arguments += [option.replace("{work}", work) for option in scenario.options]
+        arguments += ["--overwrite"] if scenario.replaces else []
         return self.process.run("command_line", arguments=arguments, strike=strike)
 
     def assert_absent_or_whole(self, struck: Struck) -> None:
@@ -154,6 +167,11 @@ class Workshop:
         outcome = self.compile(output, OLD)
         assert outcome.status == 0, outcome.output
         return output
+
+
+def work_directory(output: Path) -> Path:
+    """Where a compilation keeps its calibration work; not beside its output."""
+    return output.parent.with_name(f"{output.parent.name}, work")
 
 
 def hashed_files(directory: Path) -> dict[str, bytes]:
@@ -189,7 +207,7 @@ def test_killed_compile_leaves_nothing_that_the_next_run_does_not_clear(
     assert struck.outcome.status in (-signal.SIGKILL, 0), struck.outcome.output
     if struck.output.exists() or not SCENARIOS[struck.name].replaces:
         workshop.assert_absent_or_whole(struck)
-    if set(struck.siblings) - {"out"}:
+    if set(struck.siblings) - {"out"} or work_directory(struck.output).exists():
         again = Scenario(SCENARIOS[struck.name].options, replaces=True)
         assert workshop.compile(struck.output, again).status == 0
         assert struck.siblings == ["out"]
@@ -204,6 +222,7 @@ def test_interrupted_compile_says_so_and_leaves_nothing(seed: int, workshop: Wor
         assert struck.outcome.output.splitlines() == ["error: interrupted"]
         assert struck.outcome.status == 130
     assert struck.siblings in ([], ["out"])
+    assert struck.unfinished == []
     workshop.assert_absent_or_whole(struck)
     assert set(workshop.process.temporary.iterdir()) == before
 
@@ -215,11 +234,16 @@ def test_compile_on_a_full_disk_says_what_it_needs_and_leaves_nothing(
 ) -> None:
     struck = workshop.strike("full_disk", seed)
     output = struck.outcome.output
-    if struck.outcome.status != 0:  # all was written already
+    if struck.outcome.status == DataError.exit_code:
+        work = work_directory(struck.output)
+        full = os.strerror(errno.ENOSPC)
+        assert output.startswith(f"error: work directory '{work}' cannot be written to: {full}")
+    elif struck.outcome.status != 0:  # all was written already
         assert struck.outcome.status == ArtifactError.exit_code, output
         error, remedy = output.splitlines()
         needs = r"needs (at least \d+ bytes|more than the \d+ bytes that were written)"
         assert re.match(f"error: the disk /.* is full: {struck.output} {needs}", error)
         assert remedy.startswith("remedy: free some space")
+    assert struck.unfinished == []
     assert struck.siblings in ([], ["out"])
     workshop.assert_absent_or_whole(struck)
