@@ -6,8 +6,8 @@
    ``MatMulInteger`` of unsigned codes, scaled afterwards.
 3. ``embedding(dequantize(W), ids)``  =>  ``Gather`` of packed rows, unpacked and decoded.
 4. the same of weights that are looked up in a table: see `stored_levels`.
-5. ``dequantize(quantize(x, s))`` with a stored scale per tensor  =>  ``QuantizeLinear`` and
-   ``DequantizeLinear``.
+5. ``dequantize(quantize(x, s))`` with a stored scale per tensor  =>  ``QuantizeLinear`` and, before
+   8-bit codes with one scale per column, ``DequantizeLinear``.
 """
 
 from __future__ import annotations
@@ -172,7 +172,20 @@ def _rounded_per_tensor(b: Builder, rounded: RoundedInput) -> ir.Value:
     else:
         zero_point = _scalar(b, rounded.zero_point)
     codes = b.op("QuantizeLinear", x, scale, zero_point, dtype=_UINT8)
-    return b.op("DequantizeLinear", codes, scale, zero_point, dtype=_FLOAT)
+    if all(map(_multiplies_bytes, b.node.users)):
+        return b.op("DequantizeLinear", codes, scale, zero_point, dtype=_FLOAT)
+    # Beside a weight of any other kind ONNX Runtime 1.31 takes the pair for a part of an integer
+    # product: it ignores blocks, fails on 8-bit floats, and fuses 4-bit weights no more.
+    steps = b.op("Sub", b.cast(codes, _FLOAT), b.cast(zero_point, _FLOAT))
+    return b.op("Mul", steps, scale)
+
+
+def _multiplies_bytes(user: fx.Node) -> bool:
+    """Whether a reader is a linear layer over 8-bit integers with one scale per column."""
+    if user.target is not aten.linear.default:
+        return False
+    stored = StoredCodes.behind(user.args[1])
+    return stored is not None and stored.groups == 1 and stored.container == 8
 
 
 def _scalar(b: Builder, node: fx.Node) -> ir.Value:

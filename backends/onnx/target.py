@@ -58,11 +58,11 @@ class OnnxTarget(Target):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Integers of every width and tables, the odd ones in wider elements; int8 activations."""
+        """Integers of every width, tables of levels; activations of 2 to 8 bits."""
         return Capabilities(
             weight_format=_format_reason,
             embedding_format=_format_reason,
-            activation_formats=frozenset({"int8"}),
+            activation_formats=frozenset(f"int{bits}" for bits in range(2, 9)),
         )
 
     def check(self, program: Program) -> list[Finding]:

@@ -22,6 +22,8 @@ from qcompile.backends.onnx.emitter import OnnxEmitter
 from qcompile.backends.onnx.external_data import predict_sizes
 from qcompile.backends.onnx.stored import pack_nibbles, pack_rows
 from qcompile.backends.onnx.target import OnnxTarget
+from qcompile.calibration.settings import Calibration
+from qcompile.calibration.sources import DataSource
 from qcompile.errors import RecipeError, TargetError
 from qcompile.formats import IntegerFormat
 from qcompile.formats.base import Format
@@ -30,7 +32,7 @@ from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.passes.canonicalize import canonicalize
-from qcompile.passes.infra import Context, Pass, run_passes
+from qcompile.passes.infra import Context, Pass, PassManager, run_passes
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.progress import NullProgress
@@ -246,19 +248,42 @@ def test_layers_that_share_an_input_round_it_once(tmp_path: Path) -> None:
     assert relative(run(tmp_path, x)[0], program(x)) < EXACT
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        *(("int8", True), ("int8-asym", True), ("int6", True), ("int4-g16", False)),
+        *(("int8-g8", False), ("fp8", False), ("fp4-g8", False), ("nf4-g8", False)),
+    ],
+)
 def test_stored_activation_scales_become_quantize_and_dequantize(
-    tmp_path: Path, symmetric: bool
+    tmp_path: Path, name: str, pair: bool, symmetric: bool
 ) -> None:
-    """Values far outside of the range land on its last code, which is -127 and not -128."""
+    """Values far outside of the range land on its last code, which is -127 and not -128.
+
+    The pair stands only before weights that ONNX Runtime multiplies rightly with it.
+    """
     torch.manual_seed(0)
-    program = run_passes(capture(nn.Linear(16, 8), torch.randn(4, 16)), [QuantizeWeights("int8")])
+    program = run_passes(capture(nn.Linear(16, 8), torch.randn(4, 16)), [QuantizeWeights(name)])
     program = _round_statically(program, symmetric)
-    model = write(program, tmp_path)
-    found = operators(model)
-    assert (found.count("QuantizeLinear"), found.count("DequantizeLinear")) == (1, 2)
+    found = operators(write(program, tmp_path))
+    decodes = 0 if name.startswith("nf4") else 1
+    assert found.count("QuantizeLinear") == 1
+    assert found.count("DequantizeLinear") == decodes + pair
     x = torch.cat([torch.randn(3, 16), torch.full((1, 16), -50.0)])
     assert relative(run(tmp_path, x)[0], program(x)) < EXACT
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "token"])
+def test_activations_of_few_bits_are_exact(tmp_path: Path, granularity: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 16)
+    program = capture(nn.Linear(16, 8), x)
+    context = Context(calibration=Calibration(DataSource(examples=x)))
+    passes = [QuantizeWeights("int4"), QuantizeActivations("int4", granularity=granularity)]
+    program, _ = PassManager(passes).run(program, context)
+    write(program, tmp_path)
+    assert relative(run(tmp_path, 2 * x)[0], program(2 * x)) < EXACT
 
 
 def _round_statically(program: Program, symmetric: bool) -> Program:
