@@ -58,6 +58,27 @@ def insert_before(program: Program, linears: Sequence[fx.Node], transform: Trans
     return node
 
 
+def insert_after(program: Program, value: fx.Node, transform: Transform, stem: str) -> fx.Node:
+    """All that reads a value reads the transformed value instead.
+
+    Args:
+        program: Edited in place. The function changes, unless the caller sees to the inverse.
+        value: ``[..., n]``.
+        transform: Of order n.
+        stem: What the names of its parameters begin with.
+
+    Returns:
+        The node; `FuseTransforms` absorbs it where it can.
+    """
+    editor = Editor(program)
+    readers = list(value.users)
+    with editor.before(value.next):
+        node = transform_node(editor, value, transform, stem)
+    for reader in readers:
+        reader.replace_input_with(value, node)
+    return node
+
+
 def rotate_queries_and_keys(program: Program, attention: fx.Node, rotation: Transform) -> None:
     """Leaves a rotation on the queries and keys of an attention, all heads alike.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.families import Family, PortRole
+from qcompile.analysis.roles import linears_by_input
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -71,14 +72,17 @@ def find_scale_sites(program: Program) -> Iterator[ScaleSite | Skip]:
     """
     layers = _layers(program)
     head = output_projection(program)
+    considered: set[str] = set()
     for site in find_sites(program):
         reasons = [b.reason for b in site.blockers if b.family is Family.DIAGONAL]
         if Family.DIAGONAL not in site.families:
             if reasons and not site.reads_norm and site.sinks:
+                considered |= set(site.sinks)
                 yield Skip(site.sinks[0], "; ".join(dict.fromkeys(reasons)))
             continue
         if not site.sinks:
             continue  # queries against keys: no layer reads them
+        considered |= set(site.sinks)
         if any(head in layers.get(name, ()) for name in site.sinks):
             yield Skip(site.sinks[0], "it makes the logits")
             continue
@@ -88,6 +92,10 @@ def find_scale_sites(program: Program) -> Iterator[ScaleSite | Skip]:
             yield Skip(site.sinks[0], "no layer's input shows what it reads")
         else:
             yield ScaleSite(site, tuple(found))
+    for _, linears in linears_by_input(program):
+        name = str(linears[0].args[1].target)  # type: ignore[union-attr]
+        if name not in considered:
+            yield Skip(name, "no weight in front of it absorbs a scale")
 
 
 def _reader(site: Site, name: str, layers: list[fx.Node]) -> Reader | None:
