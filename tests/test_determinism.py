@@ -21,6 +21,7 @@ CASES = (
     ("cpu", "float"),
     ("cuda", "w4-rtn"),
     ("onnx", "w8a8-rtn"),
+    ("cpu", "w4-gptq"),
 )
 """Targets and recipes."""
 
@@ -35,7 +36,17 @@ from qcompile.passes.infra import PassManager
 model, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
 for case in sys.argv[4:]:
     target, recipe = case.split()
-    qc.compile(model, recipe, target, folder / target / recipe, threads=threads, check="off")
+    qc.compile(
+        model,
+        recipe,
+        target,
+        folder / target / recipe,
+        threads=threads,
+        check="off",
+        calibration_samples=2,
+        calibration_length=32,
+        work_dir=folder / "work",
+    )
 program, _ = PassManager(recipe_phases(qc.load_recipe("w4a8-rtn"))).run(qc.capture(model))
 (folder / "program").mkdir()
 save_program(program, folder / "program")
