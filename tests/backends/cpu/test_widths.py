@@ -34,7 +34,7 @@ Compiled = Callable[[str], tuple[Program, Artifact]]
 def weight_only(format: str) -> Recipe:
     """All weights in one format: linear layers, the embedding and the tied output."""
     step = {"format": format, "method": "rtn", "embedding": format, "lm_head": format}
-    return load_recipe({"name": f"widths-{format}", "steps": [{"quantize_weights": step}]})
+    return load_recipe({"name": "widths", "steps": [{"quantize_weights": step}]})
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,9 @@ def compiled(program: Models, tmp_path_factory: pytest.TempPathFactory) -> Compi
     return make
 
 
-FORMATS = (*(f"int{bits}-g{GROUP}" for bits in PACKABLE_BITS), "int1-g16-asym", "int3-g16-asym")
+INTEGERS = tuple(f"int{bits}-g{GROUP}" for bits in PACKABLE_BITS)
+LOOKUPS = ("ternary-g16", "nf4-g16", "nf4-g16-dq", "fp8", "mxfp4", "nvfp4", "(-2,-0.5,0,1)-g32")
+FORMATS = (*INTEGERS, "int1-g16-asym", "int3-g16-asym", "int4-g16-fp32", *LOOKUPS)
 
 
 @pytest.mark.parametrize("format", FORMATS)
