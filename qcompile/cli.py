@@ -17,12 +17,15 @@ import typer
 
 from qcompile import cli_inspect, cli_parity
 from qcompile.cli_options import (
+    CalibrationOption,
     CheckOption,
     DequantizeFlag,
     JsonFlag,
+    LengthOption,
     ModelArgument,
     QuietFlag,
     RecipeOption,
+    SamplesOption,
     SettingsOption,
     TargetOption,
     ThreadsOption,
@@ -131,15 +134,9 @@ def compile_command(
         bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
     ] = False,
     dequantize: DequantizeFlag = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text file to calibrate on, or 'self': text that the model writes. "
-            "Default: text that every Python carries."
-        ),
-    ] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Windows of calibration text.")] = 128,
-    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = 128,
+    length: LengthOption = 512,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="Memory, such as 2GiB, past which activations go to files."),

@@ -36,3 +36,12 @@ QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no 
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads to use; default: one per core.")
 ]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Text file to calibrate on, or 'self': text that the model writes. "
+        "Default: text that every Python carries."
+    ),
+]
+SamplesOption = Annotated[int, typer.Option(min=1, help="Windows of calibration text.")]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens per window of calibration text.")]

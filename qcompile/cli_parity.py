@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qcompile.cli_options import (
+    CalibrationOption,
     DequantizeFlag,
     JsonFlag,
+    LengthOption,
     ModelArgument,
     QuietFlag,
     RecipeOption,
+    SamplesOption,
     SettingsOption,
     ThreadsOption,
 )
@@ -46,6 +49,9 @@ def parity_command(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=2, help="The most tokens to compare on.")] = 256,
     dequantize: DequantizeFlag = False,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = 128,
+    length: LengthOption = 512,
     threads: ThreadsOption = None,
     json_: JsonFlag = False,
     quiet: QuietFlag = False,
@@ -68,6 +74,9 @@ def parity_command(
             window=window,
             max_tokens=max_tokens,
             dequantize=dequantize,
+            calibration=calibration,
+            calibration_samples=samples,
+            calibration_length=length,
             threads=threads,
             progress=progress,
         )

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from qcompile.artifact import RUNNABLE_TARGETS, Artifact, load
 from qcompile.backends.base import Target
 from qcompile.backends.registry import get_target, target_names
 from qcompile.calibration.data import load_text, windows
+from qcompile.calibration.journal import Journal, default_directory
+from qcompile.calibration.settings import Calibration
+from qcompile.calibration.sources import DataSource
 from qcompile.errors import DataError, MissingExtraError, QCompileError
 from qcompile.evaluation.divergence import Divergence
 from qcompile.evaluation.models import tokenize
@@ -31,6 +35,7 @@ from qcompile.pipeline import front_phases, recipe_phases
 from qcompile.progress import NullProgress, Progress
 from qcompile.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from qcompile.report import CompileReport
+from qcompile.text import Tokenizer
 
 SCHEMA_VERSION = 1
 """Of `Parity.to_dict`."""
@@ -105,6 +110,9 @@ def parity(
     window: int = 64,
     max_tokens: int = 256,
     dequantize: bool = False,
+    calibration: Any = None,
+    calibration_samples: int = 128,
+    calibration_length: int = 512,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Parity:
@@ -125,6 +133,9 @@ def parity(
         window: Tokens per window; windows are run independently.
         max_tokens: Use no more of the text than this.
         dequantize: Whether an already quantized checkpoint may be read as floats.
+        calibration: As for `qcompile.compile`.
+        calibration_samples: As for `qcompile.compile`.
+        calibration_length: As for `qcompile.compile`.
         threads: Threads to run artifacts with.
         progress: Told what is going on.
 
@@ -135,11 +146,22 @@ def parity(
     resolved = load_recipe(recipe, overrides)
     backends = [(str(t), get_target(t)) if isinstance(t, str) else (t.name, t) for t in targets]
     progress = progress or NullProgress()
-    context = Context(progress)
+    source = DataSource(
+        calibration,
+        samples=calibration_samples,
+        length=calibration_length,
+        examples=example_inputs,
+    )
+    source.check()
+    journal = Journal(default_directory())
+    context = Context(progress, calibration=Calibration(source, journal=journal))
     progress.stage("capture")
     program = compiler.open_model(model, example_inputs, dequantize)
+    tokenizer = compiler.tokenizer_of(program)
+    if tokenizer is not None:
+        source.tokenize = partial(tokenizer.encode, add_special_tokens=False)
     program, _ = PassManager(front_phases()).run(program, context)
-    samples = _samples(program, example_inputs, text, window, max_tokens)
+    samples = _samples(program, tokenizer, example_inputs, text, window, max_tokens)
     refusals = [_refusal(program, resolved, backend) for _, backend in backends]
     program, _ = PassManager(recipe_phases(resolved)).run(program, context)
     progress.stage("interpret")
@@ -277,13 +299,14 @@ def _size(directory: Path) -> int:
 
 def _samples(
     program: Program,
+    tokenizer: Tokenizer | None,
     example_inputs: Any,
     text: str | os.PathLike[str] | None,
     window: int,
     max_tokens: int,
 ) -> list[Sample]:
     if program.signature.has(Role.INPUT_IDS) and program.signature.has(Role.LOGITS):
-        tokens = _tokens(program, text, max_tokens)
+        tokens = _tokens(program, tokenizer, text, max_tokens)
         return [{"input_ids": row[None]} for row in windows(tokens, window, max_tokens)]
     if example_inputs is None:
         raise DataError(
@@ -296,9 +319,11 @@ def _samples(
 
 
 def _tokens(
-    program: Program, text: str | os.PathLike[str] | None, max_tokens: int
+    program: Program,
+    tokenizer: Tokenizer | None,
+    text: str | os.PathLike[str] | None,
+    max_tokens: int,
 ) -> Sequence[int] | npt.NDArray[np.int64]:
-    tokenizer = compiler.tokenizer_of(program)
     if tokenizer is not None:
         return tokenize(tokenizer, load_text(text))
     if text is not None:

@@ -117,6 +117,23 @@ def test_module_is_compared_on_its_example_inputs() -> None:
         assert row.relative_error < 1e-5
 
 
+def test_recipe_that_looks_at_activations_is_calibrated_first(checkpoint: Path) -> None:
+    result = qc.parity(
+        checkpoint,
+        "w4-gptq",
+        ["onnx"],
+        calibration_samples=2,
+        calibration_length=16,
+        window=8,
+        max_tokens=8,
+        threads=1,
+    )
+    (row,) = result.targets
+    assert row.reason == ""
+    assert row.relative_error is not None
+    assert row.relative_error < 1e-5
+
+
 def test_module_without_inputs_is_refused() -> None:
     program = qc.capture(nn.Linear(3, 2), torch.randn(4, 3))
     with pytest.raises(DataError, match="nothing to compare it on"):
@@ -142,9 +159,11 @@ def test_command_prints_a_row_per_target(
         return Parity("tiny", "w4", 36, rows)
 
     monkeypatch.setattr("qcompile.evaluation.parity.parity", compare)
-    assert main(["parity", "tiny", "-r", "w4-rtn", "-t", "cpu, cuda", "--window", "9", "-q"]) == 0
-    (model, recipe, targets), options = asked[0]
-    assert (model, recipe, targets, options["window"]) == ("tiny", "w4-rtn", ["cpu", "cuda"], 9)
+    options = ["--window", "9", "--calibration", "self", "-q"]
+    assert main(["parity", "tiny", "-r", "w4-rtn", "-t", "cpu, cuda", *options]) == 0
+    arguments, named = asked[0]
+    assert arguments == ("tiny", "w4-rtn", ["cpu", "cuda"])
+    assert (named["window"], named["calibration"]) == (9, "self")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "tiny, w4: 36 positions against the program"
     words = [" ".join(line.split()) for line in lines[2:]]
