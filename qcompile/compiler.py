@@ -115,6 +115,7 @@ def compile(
         seed=seed,
         examples=example_inputs,
     )
+    source.check()
     settings = Calibration(
         source,
         memory_limit=None if memory_limit is None else parse_bytes(memory_limit),

@@ -49,6 +49,15 @@ class DataSource:
     examples: Any = None
     _made: CalibrationData | None = field(default=None, init=False, repr=False)
 
+    def check(self) -> None:
+        """Looks whether a file that was given can be used, before any work begins.
+
+        Raises:
+            DataError: It cannot.
+        """
+        if isinstance(self.given, (str, os.PathLike)) and self.given != SELF:
+            load_text(self.given)
+
     def __call__(self, program: Program) -> CalibrationData:
         """The data for a program.
 

@@ -12,11 +12,15 @@ from pydantic import TypeAdapter, ValidationError
 from qcompile.errors import RecipeError, suggest
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
+from qcompile.passes.quantize.methods.hqq import Hqq
+from qcompile.passes.quantize.methods.magr import Magr
 from qcompile.passes.quantize.methods.rtn import Rtn
 
 __all__ = ["METHODS", "Method", "Outcome", "Rtn", "Task", "make_method", "method_options"]
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType({"rtn": Rtn, "gptq": Gptq})
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "magr": Magr}
+)
 """Every method by the name that recipes use."""
 
 
