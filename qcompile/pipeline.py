@@ -15,6 +15,7 @@ from qcompile.passes.transform.duquant import Duquant
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.fuse_transforms import FuseTransforms
 from qcompile.passes.transform.rotate import Rotate
+from qcompile.passes.transform.spinquant import Spinquant
 from qcompile.passes.transform.smooth import Smooth
 from qcompile.recipe import Recipe, StepOptions
 from qcompile.recipe_schema import TRANSFORM_STEPS
@@ -23,6 +24,7 @@ PASSES: Mapping[str, Callable[..., Pass]] = {
     "rotate": Rotate,
     "smooth": Smooth,
     "duquant": Duquant,
+    "spinquant": Spinquant,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
 }

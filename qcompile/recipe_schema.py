@@ -237,11 +237,32 @@ class Duquant(StepOptions):
     seed: int = 0
 
 
+class Spinquant(StepOptions):
+    """Step ``spinquant``: rotations of the residual stream and of values, learned on the loss.
+
+    Needs calibration data. Leave online Hadamard transforms by a ``rotate`` step before it.
+
+    Attributes:
+        bits: Width that activations are rounded to in training.
+        steps: Steps of one micro-batch each.
+        rate: The largest step at the start; it falls along a cosine.
+        batch_tokens: Tokens per micro-batch; a window is not cut.
+        seed: For the Hadamard matrices that training starts from.
+    """
+
+    bits: int = Field(default=4, ge=2, le=8)
+    steps: int = Field(default=100, ge=1)
+    rate: float = Field(default=1.5, gt=0)
+    batch_tokens: int = Field(default=2048, ge=2)
+    seed: int = 0
+
+
 STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
     {
         "rotate": Rotate,
         "smooth": Smooth,
         "duquant": Duquant,
+        "spinquant": Spinquant,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
     }
@@ -249,7 +270,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
-TRANSFORM_STEPS: Final = frozenset({"duquant", "rotate", "smooth"})
+TRANSFORM_STEPS: Final = frozenset({"duquant", "rotate", "spinquant", "smooth"})
 """Steps that change bases and keep the function; weights must still be floats."""
 
 

@@ -1,0 +1,1 @@
+"""Parameters of transforms and codes, trained through the program itself."""
