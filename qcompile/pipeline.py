@@ -15,8 +15,8 @@ from qcompile.passes.transform.duquant import Duquant
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.fuse_transforms import FuseTransforms
 from qcompile.passes.transform.rotate import Rotate
-from qcompile.passes.transform.spinquant import Spinquant
 from qcompile.passes.transform.smooth import Smooth
+from qcompile.passes.transform.spinquant import Spinquant
 from qcompile.recipe import Recipe, StepOptions
 from qcompile.recipe_schema import TRANSFORM_STEPS
 
