@@ -59,6 +59,10 @@ def inspect_command(
     barriers: Annotated[
         bool, typer.Option("--barriers", help="Show what was not recognized, and why.")
     ] = False,
+    sites: Annotated[
+        bool,
+        typer.Option("--sites", help="Show where transforms can go, and why not elsewhere."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write the program's text to <phase>.txt in here."),
@@ -72,7 +76,7 @@ def inspect_command(
     json_: JsonFlag = False,
 ) -> None:
     """Show what stands in MODEL, phase by phase; weights are not read."""
-    asked = {"ops": ops, "stages": stages, "barriers": barriers}
+    asked = {"ops": ops, "stages": stages, "barriers": barriers, "sites": sites}
     sections = [name for name, wanted in asked.items() if wanted]
     if is_artifact(Path(model)):
         if sections or text or phase or recipe or output:
@@ -97,6 +101,7 @@ def inspect_command(
         workloads=_workloads(batch, query, past),
         texts=(phase or last,) if wants_text or phase else (),
         dequantize=dequantize,
+        sites=sites,
     )
     assert isinstance(inspection, Inspection)
     if output is not None:

@@ -31,8 +31,10 @@ from qcompile.inspection_records import (
     Inspection,
     PhaseSummary,
     PortSummary,
+    SiteSummary,
     StageSummary,
 )
+from qcompile.inspection_sites import summarize_sites
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.types import Port
@@ -60,6 +62,7 @@ def inspect(
     example_inputs: Any = None,
     overrides: Mapping[str, object] | None = None,
     dequantize: bool = False,
+    sites: bool = False,
 ) -> Inspection | ArtifactInspection:
     """Looks into a model without reading its weights, or into an artifact.
 
@@ -73,6 +76,7 @@ def inspect(
         example_inputs: For a plain module, inputs to trace it with.
         overrides: Options to set on top of the recipe.
         dequantize: Whether an already quantized checkpoint may be read as floats.
+        sites: Whether to look for sites of equivalent transforms.
 
     Raises:
         QCompileError: The model cannot be read, or there is no such recipe, target or phase.
@@ -104,6 +108,7 @@ def inspect(
         notes=tuple(notes),
         recipe=None if resolved is None else resolved.name,
         target=None if backend is None else backend.name,
+        sites=summarize_sites(raised) if sites else None,
     )
 
 
@@ -153,6 +158,7 @@ def _summarize(
     notes: tuple[str, ...],
     recipe: str | None,
     target: str | None,
+    sites: tuple[SiteSummary, ...] | None,
 ) -> Inspection:
     found = stages(raised)
     models = {name: CostModel(raised, sizes) for name, sizes in workloads.items()}
@@ -177,6 +183,7 @@ def _summarize(
         stages=folded,
         barriers=tuple(_barriers(raised, found, folded, passed_over)),
         notes=notes,
+        sites=sites,
     )
 
 

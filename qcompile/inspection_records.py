@@ -76,6 +76,38 @@ class Barrier:
 
 
 @dataclass(frozen=True)
+class SiteSummary:
+    """Places for equivalent transforms that are alike.
+
+    Attributes:
+        place: What it is: ``residual stream``, ``value / output``, ``up / down``,
+            ``norm / linears``, ``query / key`` or ``other``.
+        times: How often it occurs.
+        sources: Weights that write to it, names folded.
+        sinks: Weights that read it.
+        gains: Elementwise gains that move along with a permutation.
+        size: Order of the transform of one block.
+        blocks: Blocks (heads) with transforms of their own.
+        legal: Families of transforms that keep the function.
+        rejected: For every other family its reasons, and for each the nodes that stand in the way.
+        needs_folded_norms: Whether a rotation needs the gains of norms folded first.
+        needs_centred_sources: Whether it also needs the mean taken out of what writes to it.
+    """
+
+    place: str
+    times: int
+    sources: tuple[str, ...]
+    sinks: tuple[str, ...]
+    gains: tuple[str, ...]
+    size: int
+    blocks: int
+    legal: tuple[str, ...]
+    rejected: Mapping[str, Mapping[str, tuple[str, ...]]]
+    needs_folded_norms: bool
+    needs_centred_sources: bool
+
+
+@dataclass(frozen=True)
 class Inspection:
     """A model, seen through the phases of a compilation.
 
@@ -97,6 +129,7 @@ class Inspection:
         stages: Like ones folded, in order of the first.
         barriers: In graph order.
         notes: Observations of the front end and of the target.
+        sites: Sites of equivalent transforms, like ones folded; None if they were not asked for.
     """
 
     model: str
@@ -116,6 +149,7 @@ class Inspection:
     stages: tuple[StageSummary, ...]
     barriers: tuple[Barrier, ...]
     notes: tuple[str, ...]
+    sites: tuple[SiteSummary, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document; its keys stay as they are within a `SCHEMA_VERSION`."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qcompile.legality import LayerVerdict, Preflight
     from qcompile.manifest import ValueInfo
 
-SECTIONS = ("summary", "ops", "stages", "barriers")
+SECTIONS = ("summary", "ops", "stages", "barriers", "sites")
 """What `inspection_tables` can show, in this order."""
 
 
@@ -38,6 +38,7 @@ def inspection_tables(
         "ops": lambda: [_operators(inspection, phases)],
         "stages": lambda: [_stages(inspection)],
         "barriers": lambda: [_barriers(inspection)],
+        "sites": lambda: _sites(inspection),
     }
     return [table for name in SECTIONS if name in sections for table in makers[name]()]
 
@@ -216,6 +217,42 @@ def _barriers(inspection: Inspection) -> Table:
     if not rows:
         return Table("barriers: none", (), ())
     return Table("barriers", ("operator", "times", "first", "reason"), rows, frozenset({1}))
+
+
+# --- Sites ---------------------------------------------------------------------------------------
+
+
+def _sites(inspection: Inspection) -> list[Table]:
+    """The sites that were asked for, and why families of transforms are not legal there."""
+    if inspection.sites is None:
+        return []
+    rows = tuple(
+        (
+            site.place,
+            f"{site.times} x",
+            f"{site.blocks} x {site.size}" if site.blocks > 1 else str(site.size),
+            _weights(site.sources),
+            _weights(site.sinks) or "-",
+            ", ".join(site.legal) or "none",
+        )
+        for site in inspection.sites
+    )
+    reasons = tuple(
+        (site.place, family, reason, nodes[0])
+        for site in inspection.sites
+        for family, by_reason in site.rejected.items()
+        for reason, nodes in by_reason.items()
+    )
+    header = ("site", "times", "channels", "written by", "read by", "legal")
+    found = Table("sites of equivalent transforms", header, rows, frozenset({1, 2}))
+    if not reasons:
+        return [found]
+    reasons = tuple(dict.fromkeys(reasons))
+    return [found, Table("not legal", ("site", "transform", "reason", "first node"), reasons)]
+
+
+def _weights(names: Iterable[str]) -> str:
+    return ", ".join(name.removesuffix(".weight") for name in names)
 
 
 # --- Verdicts --------------------------------------------------------------------------------

@@ -456,7 +456,9 @@ def test_inspect_prints_one_document(capsys: pytest.CaptureFixture[str]) -> None
         "stages",
         "barriers",
         "notes",
+        "sites",
     ]
+    assert document["sites"] is None
     assert document["phases"][2]["operators"]["qc.attention"] == 3
 
 

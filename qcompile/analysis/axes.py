@@ -60,12 +60,14 @@ class Basis:
         blockers: Why the family is not legal here; empty if it is.
         planes: Channels that a rotary embedding pairs, as ``(pairs, interleaved)``, if any: a
             diagonal must be equal on both.
+        is_normed: Whether a normalization reads values on it.
     """
 
     size: int
     ports: set[Port]
     blockers: list[Blocker]
     planes: tuple[int, bool] | None = None
+    is_normed: bool = False
 
 
 class Axes:
@@ -80,6 +82,7 @@ class Axes:
         self._ports: list[tuple[int, Port, frozenset[Family]]] = []
         self._blockers: list[tuple[int, Blocker]] = []
         self._planes: dict[int, tuple[int, bool]] = {}
+        self._normed: set[int] = set()
 
     def new(self, size: int) -> int:
         """A new axis."""
@@ -147,6 +150,10 @@ class Axes:
         """Notes that a rotary embedding pairs the first channels of each atom."""
         self._planes[axis] = (pairs, interleaved)
 
+    def normalize(self, axis: int) -> None:
+        """Notes that a normalization reads the axis."""
+        self._normed.add(axis)
+
     def bases(self, family: Family) -> list[Basis]:
         """The bases of one family: every class of joined atoms that has a port."""
         self._spread_cuts()
@@ -183,6 +190,11 @@ class Axes:
                 found = classes.get(union.find((axis, offset))[0])
                 if found is not None:
                     found.planes = planes
+        for axis in self._normed:
+            for offset in ordered[axis][:-1]:
+                found = classes.get(union.find((axis, offset))[0])
+                if found is not None:
+                    found.is_normed = True
         for basis in classes.values():
             basis.ports = _sources_upright(basis.ports)
         return list(classes.values())

@@ -142,7 +142,7 @@ def _site(
         planes=planes,
         norms=tuple(name for name, _ in needed),
         centred=any(centred for _, centred in needed),
-        reads_norm=bool(met),
+        reads_norm=any(basis.is_normed for _, bases in blocks for basis in bases.values()),
     )
 
 

@@ -54,6 +54,7 @@ def _norm(bases: BasisMap, node: fx.Node, gain: Any, bias: Any, centred: bool) -
         bases.port(out, vector, 0, PortRole.SOURCE, {D})
     if not vectors:
         bases.axes.block(out, node.name, "the norm has no gain to absorb a scale", {D})
+    bases.axes.normalize(axis)
     bases.norms.append(Norm(node, axis, centred))
     offender = None if not vectors else gain_offender(node)
     if offender is not None:
