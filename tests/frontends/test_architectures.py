@@ -29,7 +29,10 @@ from qcompile.ir.types import Role
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
 
-ENCODERS = {"bert", "distilbert", "roberta", "modernbert"}
+ENCODERS = {
+    *("bert", "distilbert", "roberta", "modernbert", "electra", "albert", "mpnet"),
+    *("xlm-roberta", "nomic-bert", "esm"),
+}
 
 
 def operators(program: Program) -> Counter[str]:

@@ -236,6 +236,53 @@ MORE: Mapping[str, tuple[str, dict[str, Any]]] = {
             local_attention=8, global_attn_every_n_layers=2, cls_token_id=0, sep_token_id=1
         ),
     ),
+    "glm4": ("glm4", _llama_like(head_dim=8)),
+    "ernie4.5": ("ernie4_5", _llama_like(head_dim=8)),
+    "ernie4.5-moe": (
+        "ernie4_5_moe",
+        _llama_like(
+            moe_num_experts=4,
+            moe_k=2,
+            moe_intermediate_size=24,
+            moe_layer_start_index=1,
+            moe_layer_end_index=1,
+        ),
+    ),
+    "exaone4": ("exaone4", _llama_like(head_dim=8, sliding_window=4, layer_types=_WINDOWS)),
+    "hunyuan": ("hunyuan_v1_dense", _llama_like(head_dim=8)),
+    "arcee": ("arcee", _llama_like()),
+    "seed-oss": ("seed_oss", _llama_like(head_dim=8)),
+    "helium": ("helium", _llama_like(head_dim=8)),
+    "olmo": ("olmo", _llama_like()),
+    "flex-olmo": ("flex_olmo", _llama_like(num_experts=4, num_experts_per_tok=2)),
+    "granite-moe-shared": (
+        "granitemoeshared",
+        _llama_like(**_MIXTRAL, shared_intermediate_size=24),
+    ),
+    "dots1": (
+        "dots1",
+        _llama_like(
+            head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            moe_intermediate_size=24,
+            first_k_dense_replace=1,
+            n_shared_experts=1,
+        ),
+    ),
+    "minimax-m2": ("minimax_m2", _llama_like(**_MIXTRAL, head_dim=8)),
+    "jetmoe": ("jetmoe", _llama_like(**_MIXTRAL, kv_channels=8)),
+    "doge": ("doge", _llama_like()),
+    "bitnet": ("bitnet", _llama_like()),
+    "biogpt": ("biogpt", _llama_like()),
+    "electra": ("electra", _llama_like(embedding_size=16)),
+    "albert": ("albert", _llama_like(embedding_size=16, num_hidden_groups=1, inner_group_num=1)),
+    "mpnet": ("mpnet", _llama_like()),
+    "xlm-roberta": ("xlm-roberta", _llama_like(pad_token_id=1)),
+    "nomic-bert": ("nomic_bert", _llama_like()),
+    "esm": ("esm", _llama_like(position_embedding_type="rotary", mask_token_id=4)),
 }
 """What was tried beyond that."""
 
@@ -268,6 +315,19 @@ WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "minimax",
         _llama_like(**_MIXTRAL, head_dim=8, layer_types=["full_attention"] * 2),
+    ),
+    "qwen3-next": (
+        "qwen3_next",
+        _llama_like(
+            **_QWEN_MOE,
+            head_dim=8,
+            layer_types=["linear_attention", "full_attention"],
+            linear_num_value_heads=4,
+            linear_num_key_heads=2,
+            linear_key_head_dim=8,
+            linear_value_head_dim=8,
+            shared_expert_intermediate_size=24,
+        ),
     ),
 }
 """Decoders that keep something else than growing keys and values."""
