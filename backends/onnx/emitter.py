@@ -37,6 +37,9 @@ from qcompile.ir.weights import Source, WeightStore
 DEFAULT_OPSET = 21
 """Oldest version that has all that the translations use: in ONNX 1.16, ONNX Runtime 1.18."""
 
+NEWEST_OPSET = 26
+"""Newest version that a release of ONNX Runtime reads (1.31)."""
+
 _IR_VERSION = 10  # of ONNX 1.16
 _CUSTOM_OPSET = 1
 _LISTED = 5
@@ -87,7 +90,10 @@ class OnnxEmitter:
     Args:
         translations: Call targets that the target knows better than the standard operators do,
             or beyond them; they win over `STANDARD`.
-        opset: Version of the standard operators, at least `DEFAULT_OPSET`.
+        opset: Version of the standard operators, from `DEFAULT_OPSET` to `NEWEST_OPSET`.
+
+    Raises:
+        TargetError: If it is another one.
     """
 
     def __init__(
@@ -99,7 +105,12 @@ class OnnxEmitter:
         if opset < DEFAULT_OPSET:
             raise TargetError(
                 f"opset {opset} lacks operators that programs need",
-                remedy=f"use {DEFAULT_OPSET} or later",
+                remedy=f"use {DEFAULT_OPSET} to {NEWEST_OPSET}",
+            )
+        if opset > NEWEST_OPSET:
+            raise TargetError(
+                f"opset {opset} is one that no run time reads yet",
+                remedy=f"use {DEFAULT_OPSET} to {NEWEST_OPSET}",
             )
         self._translations = {**STANDARD, **translations}
         self._opset = opset

@@ -203,6 +203,8 @@ def test_taking_an_operator_apart_never_fixes_a_size(onnx: Any) -> None:
     assert program.text() == before
 
 
-def test_old_opset_is_refused() -> None:
-    with pytest.raises(TargetError, match="opset 17"):
-        OnnxEmitter(opset=17)
+@pytest.mark.parametrize("opset", [17, 99])
+def test_opset_without_our_operators_or_a_run_time_is_refused(opset: int) -> None:
+    with pytest.raises(TargetError, match=f"opset {opset}") as caught:
+        OnnxEmitter(opset=opset)
+    assert caught.value.remedy == "use 21 to 26"
