@@ -21,10 +21,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 from onnx import TensorProto, helper
 
+from qcompile.backends.cpu.packable import packing_of
+from qcompile.formats import LookupFormat, parse_format
 from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
-from qcompile.kernels.cpu.layout import pack_linear
+from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear
 
 GIGA = 1e9
 Initializers = list[onnx.TensorProto]
@@ -78,6 +81,51 @@ def ours(bits: int, group: int, act: str) -> Callable[[Setting, int, str, str], 
             bits=bits,
             group_size=group,
             scale_dtype=1,
+            act=act,
+        )
+        return [node], [onnx.numpy_helper.from_array(packed, f"w{index}")], packed.nbytes
+
+    return make
+
+
+def ours_in_format(name: str, act: str) -> Callable[[Setting, int, str, str], Layer]:
+    """Our product with a weight in any format that the kernels read."""
+
+    def make(setting: Setting, index: int, source: str, target: str) -> Layer:
+        format = parse_format(name)
+        packing = packing_of(format)
+        generator = torch.Generator().manual_seed(index)
+        deviation = 1 / setting.k**0.5
+        # A few rows over and over: encoding takes longer than all the rest.
+        rows = torch.randn(64, setting.k, generator=generator) * deviation
+        quantized = format.encode(rows.repeat(setting.n // 64, 1))
+        tensors = {
+            part: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+            for part, tensor in quantized.tensors.items()
+        }
+        outer = tensors.get("outer_scale")
+        in_table = isinstance(format, LookupFormat) and packing.coding == "table"
+        packed = pack_linear(
+            tensors["codes"],
+            tensors["scale"],
+            bits=packing.bits,
+            group_size=packing.group_size,
+            scale_dtype=packing.scale_dtype,
+            coding=packing.coding,
+            levels=np.array(format.levels, np.float32) if in_table else None,
+            outer_scale=None if outer is None else outer.reshape(-1),
+        )
+        node = helper.make_node(
+            "QLinear",
+            [source, f"w{index}"],
+            [target],
+            domain=OPERATOR_DOMAIN,
+            N=setting.n,
+            K=setting.k,
+            bits=packing.bits,
+            group_size=packing.group_size,
+            scale_dtype=SCALE_DTYPES.index(packing.scale_dtype),
+            coding=packing.coding,
             act=act,
         )
         return [node], [onnx.numpy_helper.from_array(packed, f"w{index}")], packed.nbytes
@@ -143,6 +191,14 @@ VARIANTS = {
     "qcompile int4 g32 float": ours(4, 32, "float"),
     "qcompile int8": ours(8, 0, "int8_token"),
     **{f"qcompile int{bits} g64": ours(bits, 64, "int8_token") for bits in (1, 2, 3, 5, 6, 7, 8)},
+    "qcompile ternary": ours_in_format("ternary", "int8_token"),
+    "qcompile ternary g64": ours_in_format("ternary-g64", "int8_token"),
+    "qcompile ternary float": ours_in_format("ternary", "float"),
+    "qcompile nf4 g64 float": ours_in_format("nf4-g64", "float"),
+    "qcompile mxfp4": ours_in_format("mxfp4", "int8_token"),
+    "qcompile mxfp4 float": ours_in_format("mxfp4", "float"),
+    "qcompile nvfp4": ours_in_format("nvfp4", "int8_token"),
+    "qcompile fp8 float": ours_in_format("fp8", "float"),
     "MatMulNBits int4 g32": matmul_nbits(4, 32),
     "MatMulNBits int4 g64": matmul_nbits(4, 64),
     "MatMulNBits int4 g128": matmul_nbits(4, 128),

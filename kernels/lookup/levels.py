@@ -7,7 +7,7 @@
 | ``nf4`` | 16 quantiles of the normal distribution |
 | ``e8m0`` | powers of two, 2^-127 to 2^127 |
 | ``uint8`` | whole numbers, 0 to 255 |
-| ``(-1.5,-0.5,0.5,1.5)`` | any numbers that float32 holds, in this order |
+| ``(-1.5,-0.5,0.5,1.5)`` | any numbers, rounded to float32, in this order |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def levels(table: str) -> tuple[float, ...]:
         table: A name or numbers; see the table above.
 
     Raises:
-        ValueError: If it is neither, or the numbers are not finite, not distinct, not float32, or
+        ValueError: If it is neither, or the numbers are not finite in float32, not distinct, or
             more than `MOST_LEVELS`.
     """
     if table == "ternary":
@@ -110,13 +110,15 @@ def _normal_float() -> tuple[float, ...]:
 
 def _numbers(table: str) -> tuple[float, ...]:
     try:
-        values = tuple(float(number) for number in table[1:].removesuffix(")").split(","))
+        values = tuple(_single(float(n)) for n in table[1:].removesuffix(")").split(","))
     except ValueError as error:
         raise ValueError(f"'{table}' is no list of numbers") from error
+    except OverflowError as error:
+        raise ValueError("levels are finite numbers of float32") from error
     if not 2 <= len(values) <= MOST_LEVELS or len(set(values)) < len(values):
         raise ValueError(f"a table has 2 to {MOST_LEVELS} different levels")
-    if not all(map(isfinite, values)) or any(_single(value) != value for value in values):
-        raise ValueError("levels are finite numbers that float32 holds; see spell_levels")
+    if not all(map(isfinite, values)):
+        raise ValueError("levels are finite numbers of float32")
     return values
 
 
@@ -126,9 +128,8 @@ def _single(value: float) -> float:
 
 
 def _shortest(value: float) -> str:
-    """The fewest digits that read back as a float32: without the digits of float64."""
-    for digits in range(1, 18):
-        text = f"{value:.{digits}g}"
-        if float(text) == value:
-            return text
-    return repr(value)
+    """The fewest digits that read back as the same float32."""
+    digits = next(
+        digits for digits in range(1, 10) if _single(float(f"{value:.{digits}g}")) == value
+    )
+    return f"{value:.{digits}g}"

@@ -10,7 +10,7 @@ from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
 from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
-from qcompile.kernels.lookup.levels import levels
+from qcompile.kernels.lookup.levels import levels, spell_levels
 
 _EXAMPLES = "int4-g64, int8, int4-g32-asym, nf4-g64, fp8, mxfp4, ternary-g64"
 _TABLES = ("ternary", "nf4", *ALIASES)
@@ -67,6 +67,8 @@ def _lookup(text: str, family: str, options: list[str]) -> LookupFormat:
         if family.startswith("("):
             raise RecipeError(f"format '{text}': {error}") from error
         raise _unknown(text) from error
+    if family.startswith("("):
+        table = spell_levels(levels(family))
     chosen = _Options(text, options, (*SCALE_STORAGES,), symmetry=False)
     scales = SCALE_STORAGES[chosen.scale] if chosen.scale else default_scales(table)
     return LookupFormat(table, chosen.group_size, scales)

@@ -125,7 +125,7 @@ def test_canonical_name(text, name):
         ("e5m5", "unknown format"),
         ("(1,1)", "different levels"),
         ("(1,nan)", "finite numbers"),
-        ("(0.1,0.2)", "that float32 holds"),
+        ("(1,1e39)", "finite numbers"),
         ("(1,a)", "no list of numbers"),
         ("(1", "2 to 256 different levels"),
     ],
@@ -138,7 +138,7 @@ def test_parse_format_error_says_what_to_write(text, message):
 def test_spelled_levels_read_back_as_float32():
     numbers = [float(x) for x in normal(16)]
     assert levels(spell_levels(numbers)) == tuple(numbers)
-    assert str(parse_format(spell_levels([0.1, -0.2]))).startswith("(0.10000000")
+    assert str(parse_format("(0.10, -2e-1)-g16")) == "(0.1,-0.2)-g16"
 
 
 def test_nf4_is_the_published_table():
