@@ -79,7 +79,8 @@ def _unrounded(lower: Tensor, asked: Tensor, start: int) -> Tensor:
         start: Its first column.
     """
     inner = lower[start : start + len(asked), start : start + len(asked)]
-    return torch.linalg.solve_triangular(inner, asked, upper=False, unitriangular=True)
+    moved: Tensor = torch.linalg.solve_triangular(inner, asked, upper=False, unitriangular=True)
+    return moved
 
 
 class GridRounder:

@@ -9,12 +9,12 @@ from qcompile.passes.quantize.methods.hessian import Inputs
 from qcompile.passes.quantize.methods.magr import Magr, reduce_magnitude
 
 
-def problem():
-    """48 inputs of which 16 directions carry nearly everything: outputs leave weights freedom."""
+def problem(noise=0.05):
+    """48 inputs of which 16 directions carry most: outputs leave weights freedom."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(16, 48, generator=generator)
     x = torch.randn(400, 16, generator=generator) @ basis
-    x += 0.05 * torch.randn(400, 48, generator=generator)
+    x += noise * torch.randn(400, 48, generator=generator)
     hessian = Hessian()
     hessian.update(x)
     return torch.randn(24, 48, generator=generator), Inputs(hessian)
@@ -36,9 +36,9 @@ def test_without_weight_on_magnitudes_nothing_moves():
 
 def test_solution_is_stationary():
     """The gradient of a row lies on its largest weights alone, and sums to alpha."""
-    weight, inputs = problem()
+    weight, inputs = problem(noise=2.0)
     alpha = 1e-2
-    found = reduce_magnitude(weight, inputs.hessian.matrix, alpha=alpha, group=0, steps=10000)
+    found = reduce_magnitude(weight, inputs.hessian.matrix, alpha=alpha, group=0, steps=2000)
     matrix = inputs.hessian.matrix / torch.linalg.eigvalsh(inputs.hessian.matrix)[-1]
     gradient = -((found - weight).double() @ matrix) * found.sign()
     torch.testing.assert_close(
