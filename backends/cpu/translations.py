@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.backends.cpu import ops
+from qcompile.backends.cpu import fused_ops, ops
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.transform import Place, emit_transform
 from qcompile.backends.onnx.translation import Table, Translation
@@ -45,6 +45,77 @@ def _linear(
     layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
     inputs = (x, packed, bias, residual)
     return b.op("QLinear", *inputs, domain=OPERATOR_DOMAIN, dtype=FLOAT, act=act, **layout)
+
+
+@_TABLE.register(fused_ops.linears)
+def _linears(
+    b: Builder,
+    x: ir.Value,
+    norm_weight: ir.Value | None,
+    packed: Sequence[ir.Value],
+    biases: Sequence[ir.Value],
+    sizes: Sequence[int],
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+    coding: str,
+    act: str,
+    normed: bool,
+    epsilon: float,
+) -> tuple[ir.Value, ...]:
+    count = len(packed)
+    layout = _layout(0, k, bits, group_size, has_zero_point, scale_dtype, coding)
+    del layout["N"]
+    layers = zip(packed, biases or [None] * count, strict=True)
+    return b.ops(
+        "QLinears",
+        *(x, norm_weight, *(operand for layer in layers for operand in layer)),
+        outputs=count,
+        domain=OPERATOR_DOMAIN,
+        dtypes=(FLOAT,) * count,
+        count=count,
+        **{f"N{i}": size for i, size in enumerate(sizes)},
+        **layout,
+        act=act,
+        normed=int(normed),
+        epsilon=float(epsilon),
+    )
+
+
+@_TABLE.register(fused_ops.gated_linear)
+def _gated_linear(
+    b: Builder,
+    x: ir.Value,
+    norm_weight: ir.Value | None,
+    gate: ir.Value,
+    gate_bias: ir.Value | None,
+    up: ir.Value,
+    up_bias: ir.Value | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    has_zero_point: bool,
+    scale_dtype: int,
+    coding: str,
+    act: str,
+    kind: str,
+    normed: bool,
+    epsilon: float,
+) -> ir.Value:
+    return b.op(
+        "QGatedLinear",
+        *(x, norm_weight, gate, gate_bias, up, up_bias),
+        domain=OPERATOR_DOMAIN,
+        dtype=FLOAT,
+        **_layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding),
+        act=act,
+        kind=kind,
+        normed=int(normed),
+        epsilon=float(epsilon),
+    )
 
 
 @_TABLE.register(ops.embedding)

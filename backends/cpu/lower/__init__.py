@@ -6,6 +6,7 @@ from qcompile.backends.cpu import ops
 from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
 from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
 from qcompile.backends.cpu.lower.fuse_residual import FuseResidual
+from qcompile.backends.cpu.lower.fuse_siblings import FuseSiblings
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
 from qcompile.passes.lower.limit_logits import LimitLogits
@@ -21,5 +22,6 @@ def lower_phase() -> Phase:
             FuseAttention(),
             MergeDuplicates(),
             LimitLogits(projections=(ops.linear,)),
+            FuseSiblings(),
         ),
     )

@@ -113,6 +113,8 @@ struct OperatorSpec {
 };
 
 OperatorSpec QLinearSpec();
+OperatorSpec QLinearsSpec();
+OperatorSpec QGatedLinearSpec();
 OperatorSpec QEmbeddingSpec();
 OperatorSpec AttentionSpec();
 OperatorSpec RmsNormSpec();

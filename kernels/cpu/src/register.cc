@@ -18,8 +18,8 @@ ort::OrtStatus* MakeLibrary(const ort::OrtApi& api, const KernelTable& kernels, 
   if (ort::OrtStatus* status = api.CreateCustomOpDomain("com.qcompile", &library->domain)) {
     return status;
   }
-  for (OperatorSpec (*spec)() : {QLinearSpec, QEmbeddingSpec, AttentionSpec, RmsNormSpec,
-                                 GatedActivationSpec, HadamardSpec}) {
+  for (OperatorSpec (*spec)() : {QLinearSpec, QLinearsSpec, QGatedLinearSpec, QEmbeddingSpec,
+                                 AttentionSpec, RmsNormSpec, GatedActivationSpec, HadamardSpec}) {
     library->ops.push_back(std::make_unique<CustomOp>(spec(), kernels, api));
     if (ort::OrtStatus* status =
             api.CustomOpDomain_Add(library->domain, library->ops.back().get())) {

@@ -1,8 +1,7 @@
 // RmsNorm and GatedActivation.
 #include <algorithm>
-#include <utility>
 
-#include "operator.h"
+#include "activation.h"
 
 namespace qcompile::cpu {
 namespace {
@@ -34,20 +33,6 @@ class RmsNorm : public Operator {
   const float epsilon_;
   const KernelTable& kernels_;
 };
-
-Activation ReadActivation(const Attributes& attributes) {
-  static constexpr std::pair<const char*, Activation> kKinds[] = {
-      {"silu", Activation::kSilu},          {"gelu", Activation::kGelu},
-      {"gelu_tanh", Activation::kGeluTanh}, {"relu", Activation::kRelu},
-      {"sigmoid", Activation::kSigmoid},    {"tanh", Activation::kTanh},
-      {"identity", Activation::kIdentity},
-  };
-  const std::string kind = attributes.String("kind", "silu");
-  for (const auto& [name, value] : kKinds) {
-    if (kind == name) return value;
-  }
-  Fail("kind = '", kind, "' is none of silu, gelu, gelu_tanh, relu, sigmoid, tanh, identity");
-}
 
 // y = activation(gate) * up.
 class GatedActivation : public Operator {

@@ -30,14 +30,15 @@ inline int FixedBits(Coding coding) {
   }
 }
 
-inline PackedLayout ReadLayout(const Attributes& attributes) {
+// `size` names the attribute that says how many columns there are.
+inline PackedLayout ReadLayout(const Attributes& attributes, const char* size = "N") {
   constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
   PackedLayout layout;
-  layout.n = attributes.Int("N");
+  layout.n = attributes.Int(size);
   layout.k = attributes.Int("K");
   Require(layout.n > 0 && layout.k > 0 && layout.n < kMostElements && layout.k < kMostElements &&
               layout.n <= kMostElements / layout.k,
-          "N = ", layout.n, " and K = ", layout.k, " are no size of a weight");
+          size, " = ", layout.n, " and K = ", layout.k, " are no size of a weight");
   const int64_t bits = attributes.Int("bits");
   Require(bits >= 1 && bits <= 8, "bits = ", bits, " is not supported; use 1 to 8");
   layout.bits = static_cast<int>(bits);
