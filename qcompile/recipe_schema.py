@@ -154,6 +154,22 @@ class QuantizeWeights(StepOptions):
         return self
 
 
+ActivationFormat = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
+"""A format of activations by name; all are symmetric."""
+
+
+class ActivationOverride(_Strict):
+    """The format of the inputs of weights that a pattern matches.
+
+    Attributes:
+        match: Pattern on weight names.
+        format: Of their inputs.
+    """
+
+    match: Pattern
+    format: ActivationFormat
+
+
 class QuantizeActivations(StepOptions):
     """Step ``quantize_activations``: inputs of linears with quantized weights become codes.
 
@@ -166,13 +182,15 @@ class QuantizeActivations(StepOptions):
             what loses least when rounded.
         percentile: The fraction of values that ``"percentile"`` does not clip.
         ignore: Patterns on names of weights whose inputs stay float.
+        overrides: Formats by pattern on names of weights; the last match wins.
     """
 
-    format: Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"] = "int8"
+    format: ActivationFormat = "int8"
     granularity: Literal["token", "group", "tensor", "channel"] = "token"
     ranges: Literal["absmax", "percentile", "mse"] = "absmax"
     percentile: float = Field(default=0.9999, gt=0.5, le=1)
     ignore: tuple[Pattern, ...] = ()
+    overrides: tuple[ActivationOverride, ...] = ()
 
 
 class Rotate(StepOptions):
@@ -257,12 +275,30 @@ class Spinquant(StepOptions):
     seed: int = 0
 
 
+class Resq(StepOptions):
+    """Step ``resq``: directions of large variance become channels of their own, for more bits.
+
+    Needs calibration data. Weights ``q`` become ``q.low`` and ``q.high``: give ``*.high`` more bits
+    by ``overrides`` of ``quantize_weights`` and ``quantize_activations``.
+
+    Attributes:
+        fraction: Of the channels of each basis that form the high part.
+        multiple: High parts of the residual stream are multiples of this.
+        seed: For the rotations of each part.
+    """
+
+    fraction: float = Field(default=0.125, gt=0, lt=1)
+    multiple: int = Field(default=8, ge=1)
+    seed: int = 0
+
+
 STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
     {
         "rotate": Rotate,
         "smooth": Smooth,
         "duquant": Duquant,
         "spinquant": Spinquant,
+        "resq": Resq,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
     }
@@ -270,7 +306,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
-TRANSFORM_STEPS: Final = frozenset({"duquant", "rotate", "spinquant", "smooth"})
+TRANSFORM_STEPS: Final = frozenset({"duquant", "resq", "rotate", "spinquant", "smooth"})
 """Steps that change bases and keep the function; weights must still be floats."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -25,7 +25,7 @@ from qcompile.passes.quantize.activation_ranges import (
     tensor_scale,
 )
 from qcompile.passes.quantize.layers import LINEAR
-from qcompile.passes.quantize.policy import matches_any
+from qcompile.passes.quantize.policy import Override, matches_any
 
 FORMATS = {f"int{bits}": bits for bits in range(2, 9)}
 """Activation formats, all symmetric, and the bits of their codes."""
@@ -71,9 +71,11 @@ class QuantizeActivations(Pass):
             only ``"absmax"``.
         percentile: The fraction of values that ``"percentile"`` does not clip.
         ignore: Patterns on names of weights whose inputs stay float.
+        overrides: ``{"match": pattern, "format": name}``, or objects with these attributes, on
+            names of weights whose inputs have another format; the last match wins.
 
     Raises:
-        RecipeError: The format, the granularity or what ranges span is unknown.
+        RecipeError: A format, the granularity or what ranges span is unknown.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.WEIGHTS_QUANTIZED})
@@ -87,6 +89,7 @@ class QuantizeActivations(Pass):
         ranges: str = "absmax",
         percentile: float = 0.9999,
         ignore: Iterable[str] = (),
+        overrides: Iterable[Override | Mapping[str, str]] = (),
     ) -> None:
         for value, known in ((granularity, GRANULARITIES), (ranges, RANGE_METHODS)):
             if value not in known:
@@ -94,20 +97,17 @@ class QuantizeActivations(Pass):
                     f"unknown choice '{value}' for activations",
                     remedy=f"known: {', '.join(known)}",
                 )
-        if format not in FORMATS:
-            raise RecipeError(
-                f"activations cannot be '{format}'", remedy=f"known: {', '.join(FORMATS)}"
-            )
         if granularity == "channel" and ranges != "absmax":
             raise RecipeError(
                 f"scales per channel span 'absmax', not '{ranges}'",
                 remedy="use granularity 'tensor', or leave ranges out",
             )
-        self._bits = FORMATS[format]
+        self._bits = _bits(format)
         self._granularity = granularity
         self._ranges: RangeMethod = next(m for m in RANGE_METHODS if m == ranges)
         self._percentile = percentile
         self._ignore = tuple(ignore)
+        self._overrides = [_override(item) for item in overrides]
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rounds inputs, in graph order.
@@ -123,18 +123,18 @@ class QuantizeActivations(Pass):
             first = group.linears[0]
             detail: dict[str, object] = {
                 "input": group.value.name,
-                "bits": self._bits,
+                "bits": group.bits,
                 "group_size": group.group_size,
                 "weights": group.weights,
             }
             with editor.before(first):
                 if self._is_static:
-                    scale = scales[group.value]
+                    scale = scales[group.value, group.bits]
                     rounded = self._round_statically(editor, group, scale)
                     if scale.numel() == 1 and not scale.is_meta:
                         detail["scale"] = float(scale)
                 else:
-                    rounded = self._round(editor, group.value, group.group_size)
+                    rounded = self._round(editor, group)
             for linear in group.linears:
                 linear.update_arg(0, rounded)
             result.rewrites += len(group.linears)
@@ -147,7 +147,7 @@ class QuantizeActivations(Pass):
 
     def _inputs(self, program: Program, result: PassResult) -> Iterator[_Input]:
         """The values to round, in graph order; linears that are passed over become skips."""
-        found: dict[tuple[fx.Node, int], _Input] = {}
+        found: dict[tuple[fx.Node, int, int], _Input] = {}
         for linear in program.calls(LINEAR):
             weight = stored_weight(linear.args[1])
             source = linear.args[0]
@@ -160,47 +160,57 @@ class QuantizeActivations(Pass):
                 result.skips.append(Skip(weight.name, "its input is rounded already"))
                 continue
             size = {"group": weight.format.group_size, "channel": 1}.get(self._granularity, 0)
-            entry = found.setdefault((source, size), _Input(source, size, [], []))
+            bits = self._bits_of(weight.name)
+            entry = found.setdefault((source, size, bits), _Input(source, size, bits, [], []))
             entry.linears.append(linear)
             entry.weights.append(weight.name)
         yield from found.values()
 
+    def _bits_of(self, name: str) -> int:
+        """The bits of the input of a weight."""
+        matching = [bits for pattern, bits in self._overrides if matches_any([pattern], name)]
+        return matching[-1] if matching else self._bits
+
     def _static_scales(
         self, program: Program, groups: Iterable[_Input], context: Context
-    ) -> dict[fx.Node, Tensor]:
-        """Scales of inputs, measured on the context's calibration data."""
+    ) -> dict[tuple[fx.Node, int], Tensor]:
+        """Scales of inputs at their bits, measured on the context's calibration data."""
         calibration = context.calibration
         data = calibration.inputs(program, "activation quantization with static scales")
         per_channel = self._granularity == "channel"
-        values = [group.value for group in groups]
+        wanted = [(group.value, group.bits) for group in groups]
         found = collect(
             program,
             data,
-            [Request(value, ChannelRange if per_channel else Histogram) for value in values],
+            [Request(value, ChannelRange if per_channel else Histogram) for value, _ in wanted],
             memory_limit=calibration.memory_limit,
             work_directory=calibration.work_directory,
             plan=calibration.plan,
             progress=context.progress,
         )
         if per_channel:
-            return {v: channel_scales(found.of(v, ChannelRange), self._bits) for v in values}
+            return {
+                (v, bits): channel_scales(found.of(v, ChannelRange), bits) for v, bits in wanted
+            }
         return {
-            v: tensor_scale(found.of(v, Histogram), self._bits, self._ranges, self._percentile)
-            for v in values
+            (v, bits): tensor_scale(found.of(v, Histogram), bits, self._ranges, self._percentile)
+            for v, bits in wanted
         }
 
-    def _round(self, editor: Editor, source: fx.Node, group_size: int) -> fx.Node:
-        scale = editor.call(dialect.dynamic_scale, source, self._bits, group_size)
-        return self._rounded(editor, source, scale, group_size)
+    def _round(self, editor: Editor, group: _Input) -> fx.Node:
+        size = group.group_size
+        scale = editor.call(dialect.dynamic_scale, group.value, group.bits, size)
+        return self._rounded(editor, group, scale)
 
     def _round_statically(self, editor: Editor, group: _Input, scale: Tensor) -> fx.Node:
         name = f"{group.weights[0].removesuffix('.weight')}.input_scale"
         editor.program.weights.put(name, scale)
-        return self._rounded(editor, group.value, editor.weight(name), group.group_size)
+        return self._rounded(editor, group, editor.weight(name))
 
-    def _rounded(self, editor: Editor, source: fx.Node, scale: fx.Node, group_size: int) -> fx.Node:
-        codes = editor.call(dialect.quantize, source, scale, None, self._bits, group_size)
-        return editor.call(dialect.dequantize, codes, scale, None, self._bits, group_size)
+    def _rounded(self, editor: Editor, group: _Input, scale: fx.Node) -> fx.Node:
+        bits, size = group.bits, group.group_size
+        codes = editor.call(dialect.quantize, group.value, scale, None, bits, size)
+        return editor.call(dialect.dequantize, codes, scale, None, bits, size)
 
 
 @dataclass
@@ -209,5 +219,20 @@ class _Input:
 
     value: fx.Node
     group_size: int
+    bits: int
     linears: list[fx.Node]
     weights: list[str]
+
+
+def _bits(format: str) -> int:
+    if format not in FORMATS:
+        raise RecipeError(
+            f"activations cannot be '{format}'", remedy=f"known: {', '.join(FORMATS)}"
+        )
+    return FORMATS[format]
+
+
+def _override(item: Override | Mapping[str, str]) -> tuple[str, int]:
+    if isinstance(item, Mapping):
+        return item["match"], _bits(item["format"])
+    return item.match, _bits(item.format)
