@@ -33,7 +33,9 @@ class FuseLinear(Pass):
        of the weight                             =>  ``act="int8_token"`` or ``"int8_group"``
     3. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
 
-    A weight is packed once, lazily, however many nodes use it.
+    ``lookup(W)`` stands where ``dequantize(W)`` does; its inputs' rounding stays a node of its own
+    where the kernels have no whole numbers to multiply with. A weight is packed once, lazily,
+    however many nodes use it.
     """
 
     requires = frozenset({Fact.CANONICAL})

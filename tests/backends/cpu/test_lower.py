@@ -153,6 +153,41 @@ def test_rounding_of_the_input_becomes_an_attribute(
         """)
 
 
+@pytest.mark.parametrize(
+    ("format", "layout"),
+    [
+        ("ternary-g16", "2, 16, False, 1, ternary, int8_token"),
+        ("mxfp4", "4, 32, False, 3, e2m1, int8_token"),
+        ("nvfp4", "4, 16, False, 4, e2m1, int8_token"),
+    ],
+)
+def test_lookup_codes_that_are_whole_numbers_multiply_bytes(
+    one_linear: Program, x: Tensor, format: str, layout: str
+) -> None:
+    after = lower(quantized(one_linear, format, "token"), FuseLinear(), x)
+    assert body(after) == text(f"""
+        %0: f32[s0, 4] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, None, 4, 32, {layout})
+        return %0
+        """)
+
+
+@pytest.mark.parametrize(
+    ("format", "layout"),
+    [("nf4-g16-dq", "4, 16, False, 5, table"), ("fp8", "8, 0, False, 0, e4m3")],
+)
+def test_other_lookup_codes_multiply_inputs_that_are_rounded_before(
+    one_linear: Program, x: Tensor, format: str, layout: str
+) -> None:
+    after = lower(quantized(one_linear, format, "token"), FuseLinear(), x)
+    *rounding, product = body(after).splitlines()[:-1]
+    assert [line.split("qc.")[1].split("(")[0] for line in rounding] == [
+        "dynamic_scale",
+        "quantize",
+        "dequantize",
+    ]
+    assert product.endswith(f"@a.weight.codes.packed, @a.bias, None, 4, 32, {layout}, float)")
+
+
 def test_linears_that_share_a_rounded_input_share_the_float_one(x: Tensor) -> None:
     before = quantized(
         capture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from qcompile.errors import TargetError
 from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
 
 ISAS = ("scalar", "avx2", "avx512")
+OTHER_LIBRARY = "QCOMPILE_TEST_CPU_LIBRARY"
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 NodeRunner = Callable[..., list[np.ndarray]]
@@ -25,7 +27,9 @@ NodeRunner = Callable[..., list[np.ndarray]]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed library, or one built from the tree."""
+    """The installed library, or one built from the tree; `OTHER_LIBRARY` names another one."""
+    if OTHER_LIBRARY in os.environ:
+        return Path(os.environ[OTHER_LIBRARY])
     try:
         return library_path()
     except TargetError:
