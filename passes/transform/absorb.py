@@ -10,6 +10,7 @@ from qcompile.analysis.families import PortRole
 from qcompile.analysis.sites import Site
 from qcompile.ir.program import Program
 from qcompile.passes.transform.cache_basis import change_cache_basis
+from qcompile.passes.transform.shifts import absorb_shifts
 from qcompile.passes.transform.values import Transform
 
 Stretch = tuple[int, int, Transform]
@@ -28,14 +29,19 @@ def absorb(program: Program, site: Site, transforms: Sequence[Transform]) -> Non
         transforms: One per block of the site, of a family that is legal there.
 
     Raises:
-        ValueError: If number or size of the transforms do not fit the site.
+        ValueError: If number or size of the transforms do not fit the site, or some but not all of
+            them are a `Shift`.
     """
     if len(transforms) != len(site.blocks):
         raise ValueError(f"{len(transforms)} transforms for {len(site.blocks)} blocks")
-    stretches: dict[tuple[str, int], dict[int, Stretch]] = {}
-    for block, transform in zip(site.blocks, transforms, strict=True):
+    for transform in transforms:
         if transform.size != site.size:
             raise ValueError(f"a transform of order {transform.size} on a site of {site.size}")
+    if any(not transform.is_linear for transform in transforms):
+        absorb_shifts(program, site, transforms)
+        return
+    stretches: dict[tuple[str, int], dict[int, Stretch]] = {}
+    for block, transform in zip(site.blocks, transforms, strict=True):
         for port in block:
             applied = transform.dual() if port.dual else transform
             if port.role is PortRole.CACHE:

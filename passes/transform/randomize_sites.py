@@ -17,6 +17,7 @@ from qcompile.passes.transform.untie_weights import UntieWeights
 from qcompile.passes.transform.values import (
     Diagonal,
     Permutation,
+    Shift,
     Transform,
     random_orthogonal,
 )
@@ -55,8 +56,8 @@ class RandomizeSites(Pass):
 def randomize_sites(program: Program, seed: int = 0) -> Program:
     """The program with a random legal transform on every site; it computes the same function.
 
-    Permutations and scales come first, then gains are folded and layer norms centred, so that
-    the residual stream can be rotated as well.
+    Permutations, scales and shifts come first, then gains are folded and layer norms centred, so
+    that the residual stream can be rotated as well.
 
     Args:
         program: In raised form, not quantized; it is not changed.
@@ -66,7 +67,7 @@ def randomize_sites(program: Program, seed: int = 0) -> Program:
         program,
         [
             UntieWeights(),
-            RandomizeSites(frozenset({Family.PERMUTATION, Family.DIAGONAL}), seed),
+            RandomizeSites(frozenset({Family.PERMUTATION, Family.DIAGONAL, Family.SHIFT}), seed),
             FoldNormGain(),
             CentreNorms(),
             RandomizeSites(frozenset({Family.ORTHOGONAL}), seed + 1),
@@ -82,6 +83,8 @@ def random_transform(site: Site, family: Family, generator: torch.Generator) -> 
             return Permutation(torch.randperm(n, generator=generator))
         case Family.DIAGONAL:
             return Diagonal(_paired(site, _scales(n, generator)))
+        case Family.SHIFT:
+            return Shift(torch.randn(n, generator=generator, dtype=torch.float64))
         case Family.ORTHOGONAL:
             return random_orthogonal(n, generator)
 

@@ -17,6 +17,15 @@ from qcompile.analysis.families import Blocker, Family, Port, PortRole
 
 ALL_FAMILIES = frozenset(Family)
 
+MATRICES = ALL_FAMILIES - {Family.SHIFT}
+"""The families that are linear maps."""
+
+_CONTRADICTIONS = {
+    Family.DIAGONAL: "it would have to be scaled by s and by 1 / s",
+    Family.SHIFT: "a weight that writes to it reads it as well",
+}
+"""Why a transform and its inverse may not be the same, where a basis asks for both."""
+
 
 @dataclass(frozen=True)
 class Link:
@@ -179,12 +188,11 @@ class Axes:
                     found = classes.get(union.find((axis, offset))[0])
                     if found is not None and blocker not in found.blockers:
                         found.blockers.append(blocker)
-        if family is Family.DIAGONAL:
+        if family in _CONTRADICTIONS:
             for key in union.contradictions:
                 found = classes.get(union.find(key)[0])
                 if found is not None:
-                    reason = "it would have to be scaled by s and by 1 / s"
-                    found.blockers.append(Blocker(family, "", reason))
+                    found.blockers.append(Blocker(family, "", _CONTRADICTIONS[family]))
         for axis, planes in self._planes.items():
             for offset in ordered[axis][:-1]:
                 found = classes.get(union.find((axis, offset))[0])

@@ -16,6 +16,8 @@ class Family(Enum):
     DIAGONAL = "diagonal"
     """Positive scales."""
     ORTHOGONAL = "orthogonal"
+    SHIFT = "shift"
+    """A vector that is added: no matrix, it goes into biases."""
 
 
 class PortRole(Enum):

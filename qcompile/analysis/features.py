@@ -12,7 +12,7 @@ from qcompile.analysis.axes import ALL_FAMILIES, Axes
 from qcompile.analysis.families import Family, PortRole
 from qcompile.ir.text import format_target
 
-P, D, R = Family.PERMUTATION, Family.DIAGONAL, Family.ORTHOGONAL
+P, D, R, S = Family.PERMUTATION, Family.DIAGONAL, Family.ORTHOGONAL, Family.SHIFT
 
 Dims = tuple[int, ...]
 """Dimensions of a value that together make one feature axis, outermost first."""

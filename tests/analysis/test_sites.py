@@ -13,7 +13,7 @@ from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
 from qcompile.passes.transform.randomize_sites import randomize_sites
 
-P, D, R = Family.PERMUTATION, Family.DIAGONAL, Family.ORTHOGONAL
+P, D, R, S = Family.PERMUTATION, Family.DIAGONAL, Family.ORTHOGONAL, Family.SHIFT
 
 TINY: dict[str, Any] = {
     "hidden_size": 32,
@@ -155,12 +155,38 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize(
     ("activation", "families"),
-    [(nn.ReLU(), {P, D}), (nn.GELU(), {P}), (nn.SiLU(), {P}), (nn.Identity(), {P, D, R})],
+    [(nn.ReLU(), {P, D}), (nn.GELU(), {P}), (nn.SiLU(), {P}), (nn.Identity(), {P, D, R, S})],
 )
 def test_activation_decides_the_families(activation: nn.Module, families: set[Family]) -> None:
     sites = find_sites(qc.capture(Block(activation), torch.randn(2, 6)))
     legal = set().union(*(site.families for site in sites))
     assert legal == families
+
+
+def test_biases_of_layer_norms_take_shifts() -> None:
+    sites = find_sites(language_model("OPT", ffn_dim=48, word_embed_proj_dim=32))
+    site = site_between(sites, "layers.1.self_attn_layer_norm.bias", "layers.1.self_attn.q_proj", S)
+    assert site.families == {S}
+    assert site.sources == ["model.decoder.layers.1.self_attn_layer_norm.bias"]
+    assert len(site.sinks) == 3
+
+
+REJECTED_SHIFTS = {
+    "values of a masked attention": ("Llama", "v_proj", "attend to nothing gives zeros"),
+    "queries": ("Llama", "q_proj", "queries are multiplied by keys"),
+    "the gated half": ("Llama", "up_proj", "channels are multiplied one by one"),
+    "the residual stream": ("OPT", "embed_tokens", "weighs all channels alike"),
+}
+
+
+@pytest.mark.parametrize("place", REJECTED_SHIFTS)
+def test_shift_that_is_not_legal_has_its_reason(place: str) -> None:
+    name, source, reason = REJECTED_SHIFTS[place]
+    changes = {"ffn_dim": 48, "word_embed_proj_dim": 32} if name == "OPT" else {}
+    sites = [s for s in find_sites(language_model(name, **changes)) if source in str(s.sources)]
+    assert sites
+    assert all(S not in site.families for site in sites)
+    assert any(reason in b.reason for s in sites for b in s.blockers if b.family is S)
 
 
 def test_unknown_operators_block_with_their_name() -> None:

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.analysis.axes import MATRICES
 from qcompile.analysis.families import PortRole
 from qcompile.analysis.features import (
     BasisMap,
     Declaration,
     P,
     R,
+    S,
     operand_of,
     rank_of,
     single_feature,
@@ -32,7 +34,7 @@ def _rope(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     bases.axes.cut(axis, size_of(x, (3,)))
     bases.axes.pair(axis, size_of(cos, (rank_of(cos) - 1,)), bool(node.args[3]))
     reason = "a rotary embedding mixes channels in pairs"
-    bases.axes.block(axis, node.name, reason, {P, R})
+    bases.axes.block(axis, node.name, reason, {P, R, S})
     bases.give(node, dims, axis)
     return [x]
 
@@ -45,7 +47,9 @@ def _kv_append(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     axis = bases.of(new, dims)
     bases.give(node, dims, axis)
     if past.op == "placeholder":
-        bases.axes.port(axis, str(past.target), 1, bases.axes.sizes[axis], PortRole.CACHE)
+        name, size = str(past.target), bases.axes.sizes[axis]
+        bases.axes.port(axis, name, 1, size, PortRole.CACHE, MATRICES)
+        bases.axes.block(axis, node.name, "the cache holds it without a shift", {S})
     return [past, new]
 
 
@@ -55,10 +59,23 @@ def _attention(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     axes = [_head_axis(bases, x) for x in (query, key, value)]
     out = bases.fresh(node, (1, 3))
     width, value_width = size_of(query, (3,)), size_of(value, (3,))
+    may_see_nothing = any(operand is not None for operand in node.args[3:6])
+    for axis in axes[:2]:
+        bases.axes.block(axis, node.name, "queries are multiplied by keys", {S})
+    if may_see_nothing:
+        for axis in (axes[2], out):
+            reason = "a query that may attend to nothing gives zeros"
+            bases.axes.block(axis, node.name, reason, {S})
     for head in range(heads):
         shared = head // (heads // kv_heads)
         bases.axes.link(
-            axes[1], axes[0], a_start=shared * width, b_start=head * width, size=width, dual=True
+            axes[1],
+            axes[0],
+            MATRICES,
+            a_start=shared * width,
+            b_start=head * width,
+            size=width,
+            dual=True,
         )
         a, b = shared * value_width, head * value_width
         bases.axes.link(axes[2], out, a_start=a, b_start=b, size=value_width)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.analysis.axes import ALL_FAMILIES
+from qcompile.analysis.axes import ALL_FAMILIES, MATRICES
 from qcompile.analysis.families import Family, PortRole
 from qcompile.analysis.features import (
     BasisMap,
@@ -15,6 +15,7 @@ from qcompile.analysis.features import (
     Declaration,
     P,
     R,
+    S,
     aligned,
     elements_of,
     is_size,
@@ -41,10 +42,21 @@ def _add(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     if shared is None:
         return []
     (dims_a, dims_b), dims = shared
-    axis = bases.of(a, dims_a)
-    bases.axes.link(axis, bases.of(b, dims_b))
+    axis, other = bases.of(a, dims_a), bases.of(b, dims_b)
+    bases.axes.link(axis, other, MATRICES)
+    bases.axes.block(other, node.name, "the other operand of the sum takes the shift", {S})
     bases.give(node, dims, axis)
     return [a, b]
+
+
+def _scaled(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
+    """A value times a number."""
+    for axis in bases.features.get(operand_of(node, 0), {}).values():
+        bases.axes.block(axis, node.name, _SCALED, {S})
+    return pass_on(bases, node)
+
+
+_SCALED = "it is scaled, and a shift would be, too"
 
 
 def _add_vector(bases: BasisMap, node: fx.Node, x: fx.Node, vector: fx.Node) -> list[fx.Node]:
@@ -53,7 +65,7 @@ def _add_vector(bases: BasisMap, node: fx.Node, x: fx.Node, vector: fx.Node) -> 
     if not fits or rank_of(x) != rank_of(node):
         return []
     axis = bases.of(x, (rank_of(x) - 1,))
-    bases.port(axis, vector, rank_of(vector) - 1, PortRole.SOURCE)
+    bases.port(axis, vector, rank_of(vector) - 1, PortRole.SOURCE, MATRICES)
     bases.give(node, last, axis)
     return [x]
 
@@ -62,7 +74,7 @@ def _multiply(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     other = node.args[1]
     x = operand_of(node, 0)
     if not isinstance(other, fx.Node) or is_size(other):
-        return pass_on(bases, node)
+        return _scaled(bases, node)
     if x.op == "get_attr":
         x, other = other, x
     if other.op == "get_attr":
@@ -71,7 +83,9 @@ def _multiply(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
         for value, factor in ((x, other), (other, x)):
             dims = single_feature(bases, value)
             if dims is not None and all(size_of(factor, (d,)) == 1 for d in dims):
-                bases.give(node, dims, bases.of(value, dims))
+                axis = bases.of(value, dims)
+                bases.give(node, dims, axis)
+                bases.axes.block(axis, node.name, _SCALED, {S})
                 return [x, other]
     return _product(bases, node, x, other, families=frozenset({P}))
 
@@ -81,7 +95,9 @@ def _gain(bases: BasisMap, node: fx.Node, x: fx.Node, gain: fx.Node) -> list[fx.
         dims = single_feature(bases, x)
         if dims is None:
             return []
-        bases.give(node, dims, bases.of(x, dims))
+        axis = bases.of(x, dims)
+        bases.give(node, dims, axis)
+        bases.axes.block(axis, node.name, _SCALED, {S})
         return [x]
     last = (rank_of(x) - 1,)
     if {size_of(gain, (rank_of(gain) - 1,)), elements_of(gain)} != {size_of(x, last)}:
@@ -94,6 +110,7 @@ def _gain(bases: BasisMap, node: fx.Node, x: fx.Node, gain: fx.Node) -> list[fx.
     bases.port(out, gain, vector_axis, PortRole.SOURCE, {D})
     for blocked in (axis, out):
         bases.axes.block(blocked, node.name, "a gain works on single channels", {R})
+        bases.axes.block(blocked, node.name, _SCALED, {S})
     return [x]
 
 
@@ -114,7 +131,7 @@ def _product(
     out = bases.fresh(node, out_dims)
     bases.axes.link(axis, out, families | {D})
     for blocked in (axis, gate, out):
-        bases.axes.block(blocked, node.name, "channels are multiplied one by one", {R})
+        bases.axes.block(blocked, node.name, "channels are multiplied one by one", {R, S})
     bases.axes.block(gate, node.name, "a nonlinear function of it is multiplied", {D})
     return [linear, other]
 
@@ -148,7 +165,7 @@ DECLARATIONS: dict[Any, Declaration] = {
     aten.sub.Tensor: _add,
     aten.mul.Tensor: _multiply,
     aten.div.Tensor: _multiply,
-    aten.neg.default: pass_on,
+    aten.neg.default: _scaled,
     aten.relu.default: _aten_activation,
     dialect.act: _act,
     dialect.gated_act: _gated_act,

@@ -7,8 +7,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from qcompile.analysis.axes import ALL_FAMILIES, MATRICES
 from qcompile.analysis.families import PortRole
-from qcompile.analysis.features import BasisMap, D, Declaration, P, R, operand_of, rank_of, size_of
+from qcompile.analysis.features import (
+    BasisMap,
+    D,
+    Declaration,
+    P,
+    R,
+    S,
+    operand_of,
+    rank_of,
+    size_of,
+)
 from qcompile.ir import dialect
 
 aten = torch.ops.aten
@@ -23,7 +34,8 @@ def _linear(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
         bases.axes.block(out, node.name, "the weight of the linear is computed or quantized")
         return [x]
     bases.port(axis, weight, 1, PortRole.SINK)
-    bases.port(out, weight, 0, PortRole.SOURCE)
+    # A shift goes into the bias; a linear without one is given one.
+    bases.port(out, weight, 0, PortRole.SOURCE, ALL_FAMILIES if bias is None else MATRICES)
     _add_bias(bases, node, out, bias)
     return [x]
 
@@ -38,8 +50,9 @@ def _convolution(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
         bases.axes.block(axis, node.name, reason)
         bases.axes.block(out, node.name, reason)
         return [x]
-    bases.port(axis, weight, 1, PortRole.SINK)
-    bases.port(out, weight, 0, PortRole.SOURCE)
+    bases.port(axis, weight, 1, PortRole.SINK, MATRICES)
+    bases.port(out, weight, 0, PortRole.SOURCE, MATRICES)
+    bases.axes.block(axis, node.name, "a convolution pads with zeros", {S})
     _add_bias(bases, node, out, bias)
     return [x]
 
@@ -71,13 +84,15 @@ def _experts(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
         return [x]
     assert isinstance(up, fx.Node)
     assert isinstance(down, fx.Node)
-    bases.port(axis, up, 2, PortRole.SINK)
-    bases.port(out, down, 1, PortRole.SOURCE)
+    for blocked in (axis, out):
+        bases.axes.block(blocked, node.name, "routed experts share no bias", {S})
+    bases.port(axis, up, 2, PortRole.SINK, MATRICES)
+    bases.port(out, down, 1, PortRole.SOURCE, MATRICES)
     if isinstance(down_bias, fx.Node):
-        bases.port(out, down_bias, 1, PortRole.SOURCE)
+        bases.port(out, down_bias, 1, PortRole.SOURCE, MATRICES)
     width = size_of(down, (2,))
     hidden = bases.axes.new(width)
-    bases.port(hidden, down, 2, PortRole.SINK)
+    bases.port(hidden, down, 2, PortRole.SINK, MATRICES)
     halves = {0: {P}, width: {P, D}} if gated else {0: {P, D} if kind == "relu" else {P}}
     for start, families in halves.items():
         for rows in (up, up_bias):

@@ -12,6 +12,7 @@ from qcompile.analysis.features import (
     BasisMap,
     Declaration,
     Dims,
+    S,
     dimension,
     dimensions,
     move,
@@ -179,6 +180,9 @@ def _reduce(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
     reduced = sorted(dimensions(dims, rank_of(x)))
     if any(d in reduced for feature in bases.features.get(x, {}) for d in feature):
         return []
+    if node.target is aten.sum.dim_IntList:
+        for axis in bases.features.get(x, {}).values():
+            bases.axes.block(axis, node.name, "a sum adds shifts up", {S})
     return move(bases, node, x, lambda d: d if keep else d - sum(r < d for r in reduced))
 
 

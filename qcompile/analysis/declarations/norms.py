@@ -15,6 +15,7 @@ from qcompile.analysis.features import (
     Norm,
     P,
     R,
+    S,
     operand_of,
     rank_of,
     single_feature,
@@ -44,7 +45,9 @@ def _norm(bases: BasisMap, node: fx.Node, gain: Any, bias: Any, centred: bool) -
         return [x]
     axis, out = bases.of(x, last), bases.fresh(node, last)
     bases.axes.link(axis, out, {P, R})
-    bases.axes.block(axis, node.name, "the mean square of the norm weighs all channels alike", {D})
+    bases.axes.block(
+        axis, node.name, "the mean square of the norm weighs all channels alike", {D, S}
+    )
     vectors = [v for v in (gain, bias) if v is not None]
     if not all(isinstance(v, fx.Node) and v.op == "get_attr" for v in vectors):
         bases.axes.block(axis, node.name, "the norm's gain is computed")
@@ -52,6 +55,10 @@ def _norm(bases: BasisMap, node: fx.Node, gain: Any, bias: Any, centred: bool) -
     for vector in vectors:
         bases.port(out, vector, 0, PortRole.GAIN, {P})
         bases.port(out, vector, 0, PortRole.SOURCE, {D})
+    if isinstance(bias, fx.Node):
+        bases.port(out, bias, 0, PortRole.SOURCE, {S})
+    else:
+        bases.axes.block(out, node.name, "the norm has no bias to absorb a shift", {S})
     if not vectors:
         bases.axes.block(out, node.name, "the norm has no gain to absorb a scale", {D})
     bases.axes.normalize(axis)
