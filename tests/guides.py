@@ -23,7 +23,7 @@ def assert_guide_is_true(path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for kind, block in blocks:
         if kind == "python":
             assert printed == "", f"the guide does not show what this prints:\n{printed}"
-            exec(compile(block, str(path), "exec"), namespace)
+            exec(compile(block, str(path), "exec", dont_inherit=True), namespace)
             printed = capsys.readouterr().out
         else:
             assert block == printed
