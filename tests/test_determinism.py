@@ -34,10 +34,11 @@ from qcompile.pipeline import recipe_phases
 from qcompile.passes.infra import PassManager
 
 model, folder, threads = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+program = qc.capture(model)
 for case in sys.argv[4:]:
     target, recipe = case.split()
     qc.compile(
-        model,
+        program,
         recipe,
         target,
         folder / target / recipe,
@@ -47,9 +48,9 @@ for case in sys.argv[4:]:
         calibration_length=32,
         work_dir=folder / "work",
     )
-program, _ = PassManager(recipe_phases(qc.load_recipe("w4a8-rtn"))).run(qc.capture(model))
+quantized, _ = PassManager(recipe_phases(qc.load_recipe("w4a8-rtn"))).run(program)
 (folder / "program").mkdir()
-save_program(program, folder / "program")
+save_program(quantized, folder / "program")
 """
 
 
