@@ -178,7 +178,8 @@ def main() -> None:
         return
     if not arguments.json:
         print(
-            f"{'method':18s} {'format':14s}   bits perplexity      KL  top-1  minutes   cpu s    GiB"
+            f"{'method':18s} {'format':14s}   bits perplexity",
+            "     KL  top-1  minutes   cpu s    GiB",
         )
     rows = []
     for format in arguments.formats:
