@@ -115,8 +115,8 @@ def test_directory_without_artifact_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (b'{\n  "schema_version": 1,\n  oops\n}', "line 3, column 3"),
-        (b"", "line 1, column 1"),
+        (b'{\n  "schema_version": 1,\n  oops\n}', "line 3 column 3"),
+        (b"", "line 1 column 1"),
         (b"\xff\xfe", "not UTF-8 text"),
         (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
         (b'{"schema_version": ' + b"9" * 5000 + b"}", "not valid JSON: Exceeds the limit"),
