@@ -25,7 +25,7 @@ def derive_bias(
     function: Callable[..., Tensor],
     label: str,
 ) -> None:
-    """Gives a linear a bias of its own; one that others share stays as it is for them.
+    """Changes a linear's bias, or gives it one; a bias that others read stays as it is for them.
 
     Args:
         program: Edited in place.
@@ -42,6 +42,8 @@ def derive_bias(
     rows = int(weight.meta["val"].shape[0])
     spec = TensorSpec((rows,), torch.float32)
     name = _unused(program, f"{weight.target}_bias")
+    if bias is not None and _readers(program, str(bias.target)) == {linear}:
+        name = str(bias.target)
     if bias is None:
 
         def from_zero(*values: Tensor) -> Tensor:
@@ -53,6 +55,12 @@ def derive_bias(
         program.weights.derive(name, own, function, spec, exact=False, label=label)
     with editor.before(linear):
         linear.args = (*linear.args[:2], editor.weight(name))
+
+
+def _readers(program: Program, name: str) -> set[fx.Node]:
+    return {
+        u for reference in program.parameters() if reference.target == name for u in reference.users
+    }
 
 
 def _unused(program: Program, stem: str) -> str:

@@ -58,7 +58,7 @@ def insert_before(program: Program, linears: Sequence[fx.Node], transform: Trans
     return node
 
 
-def insert_after(program: Program, value: fx.Node, transform: Transform, stem: str) -> fx.Node:
+def transform_value(program: Program, value: fx.Node, transform: Transform, stem: str) -> fx.Node:
     """All that reads a value reads the transformed value instead.
 
     Args:
@@ -76,6 +76,35 @@ def insert_after(program: Program, value: fx.Node, transform: Transform, stem: s
         node = transform_node(editor, value, transform, stem)
     for reader in readers:
         reader.replace_input_with(value, node)
+    return node
+
+
+def insert_after(program: Program, linear: fx.Node, transform: Transform) -> fx.Node:
+    """Leaves the inverse of a transform behind a linear, whose weight and bias take the transform.
+
+    ``linear(x, W, b)``  =>  ``qc.transform(linear(x, T^T W, b T), T^-1)``
+
+    Args:
+        program: Edited in place.
+        linear: A call over a stored weight.
+        transform: T, of the order of the linear's outputs.
+
+    Returns:
+        The node. It counts as online: `FuseTransforms` does not undo it.
+
+    Raises:
+        ValueError: The order does not fit.
+    """
+    if linear.meta["val"].shape[-1] != transform.size:
+        raise ValueError(f"a transform of order {transform.size} behind '{linear.name}'")
+    absorb_after(program, linear, transform)
+    weight = linear.args[1]
+    assert isinstance(weight, fx.Node)
+    editor = Editor(program)
+    with editor.before(linear.next):
+        node = transform_node(editor, linear, transform.inverse(), f"{weight.target}.output")
+    mark_online(node)
+    linear.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
     return node
 
 

@@ -45,8 +45,11 @@ class RandomizeSites(Pass):
         del context
         result = PassResult()
         generator = torch.Generator().manual_seed(self.seed)
-        for site in find_sites(program):
-            for family in sorted(site.families & self.families, key=lambda f: f.value):
+        for family in sorted(self.families, key=lambda family: family.value):
+            # A shift makes biases, which later transforms must see.
+            for site in find_sites(program):
+                if family not in site.families:
+                    continue
                 values = [random_transform(site, family, generator) for _ in site.blocks]
                 absorb(program, site, values)
                 result.rewrites += 1

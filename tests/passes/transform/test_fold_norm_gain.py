@@ -59,7 +59,7 @@ def test_shift_moves_into_biases_and_makes_those_that_are_missing() -> None:
     before = captured(Mixer(nn.LayerNorm(6)))
     after, _ = apply(before, FoldNormGain())
     assert "qc.layer_norm(%0, None, None, 1e-05)" in after.text()
-    assert "@a.weight, @a.weight_bias" in after.text()
+    assert "@a.weight, @a.bias" in after.text()
     assert "@b.weight, @b.weight_bias" in after.text()
     assert_same_function(before, after)
 

@@ -11,7 +11,7 @@ from qcompile.ir.program import Program
 from qcompile.passes.equivalence import checks_for
 from qcompile.passes.infra import Context, PassManager, PassResult
 from qcompile.passes.transform.fuse_transforms import FuseTransforms
-from qcompile.passes.transform.insert import insert_after, insert_before
+from qcompile.passes.transform.insert import insert_before, transform_value
 from qcompile.passes.transform.values import (
     Compose,
     Diagonal,
@@ -76,8 +76,8 @@ def between(program: Program) -> fx.Node:
 def test_transform_and_its_inverse_leave_no_node(kind: str) -> None:
     before = captured()
     program = before.copy()
-    node = insert_after(program, between(program), values()[kind], "t")
-    insert_after(program, node, values()[kind].inverse(), "t")
+    node = transform_value(program, between(program), values()[kind], "t")
+    transform_value(program, node, values()[kind].inverse(), "t")
     after, _ = fused(program)
     assert not list(after.calls(dialect.transform))
     # Rounding of scales and their reciprocals, in float64.
@@ -87,7 +87,7 @@ def test_transform_and_its_inverse_leave_no_node(kind: str) -> None:
 @pytest.mark.parametrize("kind", values())
 def test_transform_between_linears_goes_into_the_weight_in_front(kind: str) -> None:
     program = captured()
-    insert_after(program, between(program), values()[kind], "t")
+    transform_value(program, between(program), values()[kind], "t")
     expected = run(program)
     after, result = fused(program)
     assert not list(after.calls(dialect.transform))
@@ -137,7 +137,7 @@ def test_transform_that_nothing_absorbs_stays_with_its_reason() -> None:
 
     program = qc.capture(Sorted(), torch.randn(2, 4))
     tanh = next(node for node in program.calls() if node.args[0] in program.inputs)
-    insert_after(program, tanh, Diagonal(torch.full((4,), 2.0, dtype=torch.float64)), "t")
+    transform_value(program, tanh, Diagonal(torch.full((4,), 2.0, dtype=torch.float64)), "t")
     after, result = fused(program)
     assert len(list(after.calls(dialect.transform))) == 1
     assert [skip.reason for skip in result.skips] == [
