@@ -92,10 +92,11 @@ def parity_table(result: Parity) -> Table:
     """The targets side by side; those without figures say why below each other."""
     from qcompile.tables import Table
 
+    rows = [*result.targets, *([] if result.noise is None else [result.noise])]
     return Table(
         f"{result.model}, {result.recipe}: {result.positions:,} positions against the program",
         ("target", "max error", "mean error", "KL, nats", "top-1", "size", "run by"),
-        tuple(tuple(_cells(target)) for target in result.targets),
+        tuple(tuple(_cells(target)) for target in rows),
         right=frozenset({1, 2, 3, 4, 5}),
     )
 

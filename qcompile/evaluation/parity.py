@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from qcompile.calibration.sources import DataSource
 from qcompile.errors import DataError, MissingExtraError, QCompileError
 from qcompile.evaluation.divergence import Divergence
 from qcompile.evaluation.models import tokenize
+from qcompile.ir import dialect
 from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
@@ -81,12 +82,16 @@ class Parity:
         recipe: Name of the recipe.
         positions: How many positions (or, without logits, samples) were compared.
         targets: One entry per target, in the order that was asked for.
+        noise: Where activations are rounded, how far the same program is from itself when it is
+            computed in float64. A value on the edge between two codes falls to either side, and
+            every step moves what follows: differences of this size say nothing of a target.
     """
 
     model: str
     recipe: str
     positions: int
     targets: tuple[TargetParity, ...]
+    noise: TargetParity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document; its keys stay as they are within a `SCHEMA_VERSION`."""
@@ -96,6 +101,7 @@ class Parity:
             "recipe": self.recipe,
             "positions": self.positions,
             "targets": [asdict(target) for target in self.targets],
+            "noise": None if self.noise is None else asdict(self.noise),
         }
 
 
@@ -166,6 +172,10 @@ def parity(
     program, _ = PassManager(recipe_phases(resolved)).run(program, context)
     progress.stage("interpret")
     reference = _Reference(program, samples)
+    noise = None
+    if any(program.calls(dialect.quantize)):
+        noise = _measure("program in float64", _interpret(program, torch.float64), reference)
+        noise = replace(noise, run_by="interpreter")
     rows = []
     for (label, backend), refusal in zip(backends, refusals, strict=True):
         if refusal:
@@ -174,7 +184,8 @@ def parity(
             row = _compare(program, resolved, backend, reference, context, threads)
             rows.append(replace(row, target=label))
     progress.done()
-    return Parity(program.provenance.name, resolved.name, reference.positions, tuple(rows))
+    name = program.provenance.name
+    return Parity(name, resolved.name, reference.positions, tuple(rows), noise)
 
 
 Sample = dict[str, npt.NDArray[Any]]
@@ -185,23 +196,29 @@ class _Reference:
     """What the interpreted program computes on some samples."""
 
     def __init__(self, program: Program, samples: Sequence[Sample]) -> None:
-        ports = [port.role for port in program.signature.outputs]
-        self.has_logits = Role.LOGITS in ports
+        self.has_logits = program.signature.has(Role.LOGITS)
         self.samples = samples
-        self.outputs: list[torch.Tensor] = []
-        interpreter = Interpreter(program, cache={})
-        for sample in samples:
-            tensors = {name: torch.from_numpy(value) for name, value in sample.items()}
-            if self.has_logits:
-                found = interpreter.run(*program.bind(tensors["input_ids"]))
-                self.outputs.append(found[ports.index(Role.LOGITS)])
-            else:
-                self.outputs.append(interpreter.run(*tensors.values())[0])
+        self.outputs = list(map(_interpret(program, torch.float32), samples))
 
     @property
     def positions(self) -> int:
         """Rows of the logits, or of the first output."""
         return sum(len(_rows(output)) for output in self.outputs)
+
+
+def _interpret(program: Program, dtype: torch.dtype) -> Callable[[Sample], torch.Tensor]:
+    """Maps a sample to the logits of a program, or to its first output, computed in a type."""
+    interpreter = Interpreter(program, dtype=dtype, cache={})
+    ports = [port.role for port in program.signature.outputs]
+
+    def run(sample: Sample) -> torch.Tensor:
+        tensors = {name: torch.from_numpy(value) for name, value in sample.items()}
+        if Role.LOGITS in ports:
+            found = interpreter.run(*program.bind(tensors["input_ids"]))
+            return found[ports.index(Role.LOGITS)].float()
+        return interpreter.run(*tensors.values())[0].float()
+
+    return run
 
 
 def _compare(
@@ -220,20 +237,24 @@ def _compare(
             if target.name not in RUNNABLE_TARGETS:
                 return TargetParity(target.name, "its own runtime runs it", bytes=_size(path))
             artifact = load(path, verify=False, threads=threads)
-            return _measure(target.name, artifact, reference)
+            measured = _measure(target.name, partial(_run, artifact), reference)
+            return replace(measured, run_by=_runner(target.name), bytes=_size(path))
         except MissingExtraError as missing:
             return TargetParity(target.name, f"{missing.message}: {missing.remedy}")
         except QCompileError as error:
             return TargetParity(target.name, error.message)
 
 
-def _measure(name: str, artifact: Artifact, reference: _Reference) -> TargetParity:
+def _measure(
+    name: str, run: Callable[[Sample], torch.Tensor], reference: _Reference
+) -> TargetParity:
+    """The figures of whatever maps samples to outputs."""
     divergence = Divergence()
     largest = total = scale = seconds = 0.0
     count = 0
     for sample, expected in zip(reference.samples, reference.outputs, strict=True):
         started = time.perf_counter()
-        found = torch.from_numpy(_run(artifact, sample, has_logits=reference.has_logits))
+        found = run(sample)
         seconds += time.perf_counter() - started
         difference = (found.double() - expected.double()).abs()
         largest = max(largest, float(difference.max()))
@@ -245,21 +266,23 @@ def _measure(name: str, artifact: Artifact, reference: _Reference) -> TargetPari
             divergence.add(wanted, given)
     return TargetParity(
         name,
-        run_by=_runner(name),
         max_error=largest,
         mean_error=total / count,
         relative_error=largest / scale if scale else largest,
         kl=divergence.kl if reference.has_logits else None,
         top1_agreement=divergence.top1_agreement if reference.has_logits else None,
-        bytes=_size(artifact.path),
         seconds=seconds,
     )
 
 
-def _run(artifact: Artifact, sample: Sample, *, has_logits: bool) -> npt.NDArray[Any]:
-    if has_logits:
-        return artifact.forward(sample["input_ids"])
-    return next(iter(artifact.run(sample).values()))
+def _run(artifact: Artifact, sample: Sample) -> torch.Tensor:
+    has_logits = artifact.manifest.signature.output("logits") is not None
+    made = (
+        artifact.forward(sample["input_ids"])
+        if has_logits
+        else next(iter(artifact.run(sample).values()))
+    )
+    return torch.from_numpy(made)
 
 
 def _runner(target: str) -> str:

@@ -43,6 +43,7 @@ def compared(checkpoint: Path) -> Parity:
 
 def test_every_target_computes_the_program(compared: Parity) -> None:
     assert compared.positions == 36
+    assert compared.noise is None
     assert {target.split(":")[0] for target in BOUNDS} == set(target_names())
     assert [row.target for row in compared.targets] == list(BOUNDS)
     for row, bound in zip(compared.targets, BOUNDS.values(), strict=True):
@@ -57,30 +58,24 @@ def test_every_target_computes_the_program(compared: Parity) -> None:
         assert row.bytes > 10_000
 
 
-def test_figures_are_those_of_the_artifact(checkpoint: Path, tmp_path: Path) -> None:
-    """Measured once more, by hand: a bias on every logit shows in all figures but the ranking."""
+def test_figures_are_what_they_are_called(checkpoint: Path) -> None:
+    """Measured once more, by hand: one logit of each position is moved."""
     program = qc.capture(checkpoint)
     ids = np.arange(2, 26).reshape(2, 12)
 
-    class Shifted:
-        def __init__(self, path: Path) -> None:
-            self.path = path
-
-        def forward(self, ids: np.ndarray) -> np.ndarray:
-            shifted = program(torch.from_numpy(ids)).logits.numpy().copy()
-            shifted[..., 0] -= 0.5
-            return shifted
+    def shifted(sample: dict[str, np.ndarray]) -> torch.Tensor:
+        logits = program(torch.from_numpy(sample["input_ids"])).logits.clone()
+        logits[..., 0] -= 0.5
+        return logits
 
     from qcompile.evaluation import parity
 
-    (tmp_path / "file").write_bytes(b"12345")
     samples = [{"input_ids": row[None]} for row in ids]
     reference = parity._Reference(program, samples)
-    row = parity._measure("cpu", Shifted(tmp_path), reference)  # type: ignore[arg-type]
+    row = parity._measure("cpu", shifted, reference)
     vocabulary = reference.outputs[0].shape[-1]
     assert row.max_error == pytest.approx(0.5, abs=1e-6)
     assert row.mean_error == pytest.approx(0.5 / vocabulary, rel=1e-5)
-    assert row.bytes == 5
     largest = max(float(output.abs().max()) for output in reference.outputs)
     assert row.relative_error == pytest.approx(0.5 / largest, rel=1e-5)
     expected = torch.cat([output[0] for output in reference.outputs]).double()
@@ -88,6 +83,22 @@ def test_figures_are_those_of_the_artifact(checkpoint: Path, tmp_path: Path) -> 
     moved[:, 0] -= 0.5
     kl = (expected.softmax(-1) * (expected.log_softmax(-1) - moved.log_softmax(-1))).sum(-1).mean()
     assert row.kl == pytest.approx(float(kl), abs=1e-5)
+
+
+def test_rounded_activations_are_compared_with_the_noise_of_rounding(checkpoint: Path) -> None:
+    """A value that falls to the other side of an edge changes by 1/127 of the largest beside it,
+    and logits by some hundredths: the noise is there, and the predictions stay what they are.
+    """
+    result = qc.parity(checkpoint, "w8a8-rtn", ["onnx"], window=12, max_tokens=36, threads=1)
+    (row,) = result.targets
+    noise = result.noise
+    assert noise is not None
+    assert noise.max_error is not None
+    assert noise.max_error > 0
+    for figures in (row, noise):
+        assert figures.kl is not None
+        assert figures.kl < 1e-2
+    assert parity_table(result).rows[-1][0] == "program in float64"
 
 
 def test_target_that_refuses_says_why_and_the_others_run(checkpoint: Path) -> None:
