@@ -14,6 +14,7 @@ from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.row_blocks import map_row_blocks
 from qcompile.kernels.quantize.groups import split_groups
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
+from qcompile.passes.quantize.methods.sweep import stack_rows
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,8 @@ class Hqq(Method):
             codes[start:stop] = grid.nearest(groups, parameters).flatten(-2)[:, :width]
             return parameters.squeeze()
 
-        blocks = map_row_blocks(search, *task.weight.shape)
-        zeros = [block.zero_point for block in blocks if block.zero_point is not None]
-        joined = GroupParameters(
-            torch.cat([block.scale for block in blocks]), torch.cat(zeros) if zeros else None
-        )
-        tensors = grid.store(codes, joined)
+        parameters = stack_rows(map_row_blocks(search, *task.weight.shape))
+        tensors = grid.store(codes, parameters)
         return Outcome(QuantizedWeight(task.format, tuple(task.weight.shape), tensors))
 
     def _search(self, grid: Grid, groups: Tensor, task: Task) -> GroupParameters:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch
+from qcompile.formats.row_blocks import map_row_blocks
 from qcompile.kernels.quantize.groups import group_count
 from qcompile.passes.quantize.methods.hessian import Feedback
 
@@ -147,6 +148,20 @@ class GridRounder:
         importance = self._importance
         if importance is not None:
             importance = importance[start : start + weights.shape[1]]
-        self._groups[group] = self._grid.fit(
-            weights.contiguous(), self._search, name=self._name, importance=importance
-        )
+
+        def fit(first: int, last: int) -> GroupParameters:
+            return self._grid.rows(first, last).fit(
+                weights[first:last].contiguous(),
+                self._search,
+                name=self._name,
+                importance=importance,
+            )
+
+        self._groups[group] = stack_rows(map_row_blocks(fit, *weights.shape))
+
+
+def stack_rows(blocks: Sequence[GroupParameters]) -> GroupParameters:
+    """The parameters of consecutive ranges of rows, one below the other."""
+    zeros = [block.zero_point for block in blocks if block.zero_point is not None]
+    scale = torch.cat([block.scale for block in blocks])
+    return GroupParameters(scale, torch.cat(zeros) if zeros else None)
