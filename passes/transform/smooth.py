@@ -21,8 +21,13 @@ from qcompile.passes.quantize.policy import matches_any
 from qcompile.passes.transform.absorb import absorb
 from qcompile.passes.transform.smoothing.methods import RULES, Magnitudes, ScaleRule
 from qcompile.passes.transform.smoothing.objective import Objective, ReaderSamples, Rounding
-from qcompile.passes.transform.smoothing.scale_sites import Reader, ScaleSite, find_scale_sites
-from qcompile.passes.transform.values import Diagonal
+from qcompile.passes.transform.smoothing.scale_sites import (
+    Reader,
+    ScaleSite,
+    find_scale_sites,
+    find_shift_sites,
+)
+from qcompile.passes.transform.values import Diagonal, Shift
 
 Granularity = Literal["token", "tensor"]
 
@@ -44,6 +49,9 @@ class Smooth(Pass):
     shared by its query heads), and between ``up`` and ``down``: at every site that takes scales and
     that a layer reads. Sites are found by dataflow; those that cannot be scaled are skipped with
     the reason. The function stays the same.
+
+    Outlier Suppression+ first moves the middle of each channel's range to zero where a bias in
+    front and biases behind can take up the shift (layer norms and linears with biases).
 
     The strength of the rule (SmoothQuant's alpha, AWQ's r, the threshold of Outlier Suppression+)
     is searched for each site, on sampled inputs, with weights and activations rounded as they will
@@ -99,6 +107,8 @@ class Smooth(Pass):
             DataError: There is no calibration data, or it does not fit.
         """
         result = PassResult()
+        if self._method == "os+":
+            self._centre(program, context, result)
         sites = [site for site in find_scale_sites(program) if self._is_wanted(site, result)]
         scale_sites = [site for site in sites if isinstance(site, ScaleSite)]
         found = self._measure(program, scale_sites, context)
@@ -113,6 +123,23 @@ class Smooth(Pass):
             )
             context.progress.advance(1, site.site.sinks[0])
         return result
+
+    def _centre(self, program: Program, context: Context, result: PassResult) -> None:
+        """Shifts channels by the middle of their range, where biases can take that up."""
+        sites = list(find_shift_sites(program))
+        requests = [Request(site.readers[0].value, ChannelRange) for site in sites]
+        if not requests:
+            return
+        found = measure(program, requests, context, f"smooth (method '{self._method}')")
+        for site in sites:
+            seen = found.of(site.readers[0].value, ChannelRange)
+            middle = ((seen.low + seen.high) / 2).to(torch.float64)
+            by_block = dict(site.by_block(site.readers[0], middle))
+            absorb(program, site.site, [Shift(-by_block[i]) for i in range(len(by_block))])
+            result.rewrites += 1
+            result.details.append(
+                {"sources": site.site.sources, "sinks": site.site.sinks, "shifted": True}
+            )
 
     def _is_wanted(self, site: ScaleSite | Skip, result: PassResult) -> bool:
         if isinstance(site, Skip):

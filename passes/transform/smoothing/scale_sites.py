@@ -64,8 +64,18 @@ class ScaleSite:
         return full
 
 
+def find_shift_sites(program: Program) -> Iterator[ScaleSite]:
+    """Sites that layers read and that may be shifted, in the order of the graph."""
+    layers = _layers(program)
+    for site in find_sites(program):
+        if Family.SHIFT in site.families and site.sinks:
+            readers = [_reader(site, name, layers.get(name, [])) for name in site.sinks]
+            if None not in readers:
+                yield ScaleSite(site, tuple(r for r in readers if r is not None))
+
+
 def find_scale_sites(program: Program) -> Iterator[ScaleSite | Skip]:
-    """Sites that a layer reads and that may be scaled, in the order of the graph.
+    """Sites that layers read and that may be scaled, in the order of the graph.
 
     Sites that may not be scaled, or whose readers' inputs cannot be seen, come as skips. The linear
     that makes the logits is left alone.

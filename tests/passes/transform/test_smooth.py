@@ -9,10 +9,12 @@ from tests.passes.transform.methods import (
     calibrated,
     function_error,
     tiny,
+    values_of,
 )
 
 from qcompile.calibration.samples import TokenWindows
 from qcompile.errors import DataError, RecipeError
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, Pass
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
@@ -59,6 +61,19 @@ def test_searched_scales_never_lose_to_none(method: str) -> None:
     assert function_error(before, after) < EQUIVALENT
     assert all(d["error"] <= d["error_unscaled"] for d in result.details)  # type: ignore[operator]
     assert any(d["strength"] is not None for d in result.details)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon-alibi"])
+def test_outlier_suppression_centres_channels_behind_layer_norms(name: str) -> None:
+    before = tiny(name)
+    after, result = apply(before, Smooth("os+", strength=0.5))
+    shifted = [detail for detail in result.details if "shifted" in detail]
+    assert len(shifted) >= 2
+    assert function_error(before, after) < EQUIVALENT
+    norm = next(after.calls(dialect.layer_norm))
+    (rows,) = values_of(after, norm)  # tokens that ranges were measured on
+    low, high = rows.amin(0), rows.amax(0)
+    torch.testing.assert_close(low, -high, rtol=0, atol=1e-5)
 
 
 def test_grouped_heads_share_the_scale_of_their_value_head() -> None:
