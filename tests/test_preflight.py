@@ -215,6 +215,32 @@ def test_remedy_is_a_format_that_the_target_runs(name: str, llama: Program) -> N
 
 
 @pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize(
+    ("format", "target", "remedy"),
+    [
+        ("nf4-g24", "cpu", "use nf4-g32, or leave it float"),
+        ("nf4-g64", "cuda", "use int4-g64, or leave it float"),
+        ("fp8", "cuda", "use int8, or leave it float"),
+    ],
+)
+def test_lookup_format_that_the_target_lacks_has_a_remedy(
+    format: str, target: str, remedy: str, llama: Program
+) -> None:
+    verdict = preflight(llama, weights_recipe(format=format), target)
+    assert len(verdict.findings) == 15  # seven layers in two blocks, and the head
+    assert {finding.remedy for finding in verdict.findings} == {remedy}
+    assert all(finding.reason.startswith(f"{format}: ") for finding in verdict.findings)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("format", ["ternary-g16", "nf4-g16-dq", "fp8", "mxfp4", "nvfp4"])
+def test_lookup_formats_are_legal_on_the_cpu(format: str, llama: Program) -> None:
+    verdict = preflight(llama, weights_recipe(format=format), "cpu")
+    verdict.refuse()
+    assert format in {layer.format for layer in verdict.layers}
+
+
+@pytest.mark.usefixtures("unreadable")
 def test_tied_weight_with_two_formats_stands_in_the_way(tied: Program) -> None:
     verdict = preflight(tied, weights_recipe(embedding="int8", lm_head="int4"))
     (finding,) = verdict.findings
