@@ -16,6 +16,7 @@ instead of wall-clock time, which other processes hardly change. Compare figures
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -317,7 +318,7 @@ def transformers_model(path: Path) -> Any:
 
 
 def with_matmulnbits(source: Path, target: Path) -> Path:
-    """Writes a model in which every ``QLinear`` is a ``MatMulNBits`` over the same codes."""
+    """Writes a model in which every linear layer is a ``MatMulNBits`` over the same codes."""
     import onnx
 
     model = onnx.load(source)
@@ -325,7 +326,7 @@ def with_matmulnbits(source: Path, target: Path) -> Path:
     packed = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[Any] = []
     initializers: dict[str, Any] = {}
-    for node in graph.node:
+    for node in (part for fused in graph.node for part in single_layers(fused)):
         if node.op_type != "QLinear":
             nodes.append(node)
             continue
@@ -348,6 +349,37 @@ def with_matmulnbits(source: Path, target: Path) -> Path:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     onnx.save(model, target, save_as_external_data=True, location=f"{target.name}.data")
     return target
+
+
+def single_layers(node: Any) -> list[Any]:
+    """The norm, the ``QLinear`` nodes and the gate that a fused node stands for; else the node."""
+    import onnx
+
+    if node.op_type not in ("QLinears", "QGatedLinear"):
+        return [node]
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    gated = node.op_type == "QGatedLinear"
+    count = 2 if gated else attributes["count"]
+    epsilon, kind = attributes.pop("epsilon"), attributes.pop("kind", None)
+    sizes = [attributes.get(f"N{i}", attributes.get("N")) for i in range(count)]
+    layout = {
+        name: value
+        for name, value in attributes.items()
+        if name not in ("N", "N0", "N1", "N2", "count", "normed")
+    }
+    make = functools.partial(onnx.helper.make_node, domain=node.domain)
+    x, nodes = node.input[0], []
+    if attributes["normed"]:
+        gain = [node.input[1]] if node.input[1] else []
+        x = f"{node.output[0]}.normed"
+        nodes.append(make("RmsNorm", [node.input[0], *gain], [x], epsilon=epsilon))
+    outputs = [f"{node.output[0]}.{i}" for i in range(count)] if gated else list(node.output)
+    for i, (size, output) in enumerate(zip(sizes, outputs, strict=True)):
+        operands = [name for name in node.input[2 + 2 * i : 4 + 2 * i] if name]
+        nodes.append(make("QLinear", [x, *operands], [output], N=size, **layout))
+    if gated:
+        nodes.append(make("GatedActivation", outputs, [node.output[0]], kind=kind))
+    return nodes
 
 
 def nbits_tensors(packed: Any, attributes: dict[str, Any]) -> dict[str, np.ndarray]:
