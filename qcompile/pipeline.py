@@ -14,6 +14,7 @@ from qcompile.passes.transform.centre_norms import CentreNorms
 from qcompile.passes.transform.duquant import Duquant
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.fuse_transforms import FuseTransforms
+from qcompile.passes.transform.quip import Quip
 from qcompile.passes.transform.resq import Resq
 from qcompile.passes.transform.rotate import Rotate
 from qcompile.passes.transform.smooth import Smooth
@@ -27,6 +28,7 @@ PASSES: Mapping[str, Callable[..., Pass]] = {
     "duquant": Duquant,
     "spinquant": Spinquant,
     "resq": Resq,
+    "quip": Quip,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
 }

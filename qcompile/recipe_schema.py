@@ -292,6 +292,24 @@ class Resq(StepOptions):
     seed: int = 0
 
 
+class Quip(StepOptions):
+    """Step ``quip``: random rotations on both sides of weights, which stay in the program.
+
+    Attributes:
+        rotation: A randomized ``"hadamard"`` transform, or the ``"kronecker"`` product of two
+            random orthogonal matrices.
+        rescale: Whether to balance the channels of inputs and weights, which needs calibration
+            data.
+        ignore: Patterns on names of weights that stay as they are.
+        seed: For signs and random matrices.
+    """
+
+    rotation: Literal["hadamard", "kronecker"] = "hadamard"
+    rescale: bool = True
+    ignore: tuple[Pattern, ...] = ()
+    seed: int = 0
+
+
 STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
     {
         "rotate": Rotate,
@@ -299,6 +317,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
         "duquant": Duquant,
         "spinquant": Spinquant,
         "resq": Resq,
+        "quip": Quip,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
     }
@@ -306,7 +325,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
-TRANSFORM_STEPS: Final = frozenset({"duquant", "resq", "rotate", "spinquant", "smooth"})
+TRANSFORM_STEPS: Final = frozenset({"duquant", "quip", "resq", "rotate", "spinquant", "smooth"})
 """Steps that change bases and keep the function; weights must still be floats."""
 
 
