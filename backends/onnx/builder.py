@@ -24,10 +24,10 @@ from qcompile.backends.onnx.values import (
     SymbolicScalar,
     UnsupportedError,
     WeightTensor,
+    constant_target,
     expression,
-    may_be_zero,
+    same_shape,
     same_size,
-    static_shape,
     static_size,
     to_ir_dtype,
 )
@@ -233,10 +233,10 @@ class Builder:
         ONNX takes 0 for "as in the input" and -1 for "what remains": most shapes with symbolic
         sizes need no more. Where a size of 0 would make that ambiguous, sizes are computed.
         """
-        if x in self._fakes and _same_shape(self.shape(x), shape):
+        if x in self._fakes and same_shape(self.shape(x), shape):
             return x
         known = self.shape(x) if x in self._fakes else ()
-        target = _constant_target(known, shape)
+        target = constant_target(known, shape)
         if target is not None:
             return self.op("Reshape", x, target)
         return self.op("Reshape", x, self.shape_tensor(self.sizes(shape)), allowzero=1)
@@ -245,7 +245,7 @@ class Builder:
         """An operand broadcast to a shape."""
         value = self.tensor(x, dtype)
         known: tuple[Axis, ...] = self.shape(value) if value in self._fakes else ()
-        if value in self._fakes and _same_shape(known, shape):
+        if value in self._fakes and same_shape(known, shape):
             return value
         # `Expand` broadcasts both ways, so an axis that stays needs only a 1.
         padded = [1] * (len(shape) - len(known)) + list(known)
@@ -390,28 +390,3 @@ class Builder:
             self.weights[str(value.name)] = weight
             self._constants[key] = value
         return self._constants[key]
-
-
-def _same_shape(a: Sequence[Axis], b: Sequence[Axis]) -> bool:
-    return len(a) == len(b) and all(map(same_size, a, b))
-
-
-def _constant_target(known: Sequence[Axis], shape: Sequence[Axis]) -> list[int] | None:
-    """A shape with at most one -1 and with 0 for axes that stay, or None if that cannot say it."""
-    numbers = static_shape(shape)
-    if numbers is not None:
-        return None if 0 in numbers else list(numbers)
-    target = []
-    for i, size in enumerate(shape):
-        number = static_size(size)
-        if number is not None:
-            target.append(number)
-        elif i < len(known) and same_size(known[i], size):
-            target.append(0)
-        else:
-            target.append(-1)
-    # What remains cannot be found by dividing by zero.
-    others = [size for size, entry in zip(shape, target, strict=True) if entry != -1]
-    ambiguous = target.count(-1) > 1 or (-1 in target and any(map(may_be_zero, others)))
-    wrong_zero = any(size == 0 for size in shape if isinstance(size, int))
-    return None if ambiguous or wrong_zero else target

@@ -168,3 +168,29 @@ def may_be_zero(size: Axis) -> bool:
         return size == 0
     bounds = size.node.shape_env.bound_sympy(size.node.expr)
     return not bounds.lower > 0
+
+
+def same_shape(a: Sequence[Axis], b: Sequence[Axis]) -> bool:
+    """Whether two shapes are equal for all values of the symbols, as far as their form shows."""
+    return len(a) == len(b) and all(map(same_size, a, b))
+
+
+def constant_target(known: Sequence[Axis], shape: Sequence[Axis]) -> list[int] | None:
+    """A shape with at most one -1 and with 0 for axes that stay, or None if that cannot say it."""
+    numbers = static_shape(shape)
+    if numbers is not None:
+        return None if 0 in numbers else list(numbers)
+    target = []
+    for i, size in enumerate(shape):
+        number = static_size(size)
+        if number is not None:
+            target.append(number)
+        elif i < len(known) and same_size(known[i], size):
+            target.append(0)
+        else:
+            target.append(-1)
+    # What remains cannot be found by dividing by zero.
+    others = [size for size, entry in zip(shape, target, strict=True) if entry != -1]
+    ambiguous = target.count(-1) > 1 or (-1 in target and any(map(may_be_zero, others)))
+    wrong_zero = any(size == 0 for size in shape if isinstance(size, int))
+    return None if ambiguous or wrong_zero else target
