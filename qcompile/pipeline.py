@@ -10,6 +10,7 @@ from qcompile.passes.infra import Pass, Phase
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_ops import raise_phase
+from qcompile.passes.transform.atq import Atq
 from qcompile.passes.transform.centre_norms import CentreNorms
 from qcompile.passes.transform.duquant import Duquant
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
@@ -29,6 +30,7 @@ PASSES: Mapping[str, Callable[..., Pass]] = {
     "spinquant": Spinquant,
     "resq": Resq,
     "quip": Quip,
+    "atq": Atq,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
 }

@@ -292,6 +292,22 @@ class Resq(StepOptions):
     seed: int = 0
 
 
+class Atq(StepOptions):
+    """Step ``atq``: scales that keep the sum of both rounding errors of each layer small.
+
+    Needs calibration data. Quantize weights by ``gptq`` behind it.
+
+    Attributes:
+        weights: The format that the search rounds weights to: that of ``quantize_weights``.
+        activations: What the search rounds activations to, per token.
+        ignore: Patterns on names of weights; what one of them reads is not scaled.
+    """
+
+    weights: WeightFormat = "int8"
+    activations: ActivationFormat = "int8"
+    ignore: tuple[Pattern, ...] = ()
+
+
 class Quip(StepOptions):
     """Step ``quip``: random rotations on both sides of weights, which stay in the program.
 
@@ -318,6 +334,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
         "spinquant": Spinquant,
         "resq": Resq,
         "quip": Quip,
+        "atq": Atq,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
     }
@@ -325,7 +342,9 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
-TRANSFORM_STEPS: Final = frozenset({"duquant", "quip", "resq", "rotate", "spinquant", "smooth"})
+TRANSFORM_STEPS: Final = frozenset(
+    {"atq", "duquant", "quip", "resq", "rotate", "spinquant", "smooth"}
+)
 """Steps that change bases and keep the function; weights must still be floats."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class Smooth(Pass):
 
     requires = frozenset({Fact.RAISED})
     numerics = Equivalent()
+    objective: ClassVar[type[Objective]] = Objective
+    """What the search minimizes."""
 
     def __init__(
         self,
@@ -170,7 +172,7 @@ class Smooth(Pass):
         if self._strength is not None:
             return self._scales(seen, self._strength), {"strength": self._strength}
         samples = [_samples(program, reader, found) for reader in site.readers]
-        objective = Objective(site, samples, self._rounding)
+        objective = self.objective(site, samples, self._rounding)
         none = [torch.ones_like(block.largest) for block in seen]
         unscaled = objective(none)
         tried = [
