@@ -293,7 +293,7 @@ def _check_runnable(directory: Path, manifest: Manifest) -> None:
         newer = readable is not None and layout > readable
         raise ArtifactError(
             f"the weights of {directory} have kernel layout {layout}; "
-            f"the kernels of this qcompile read {readable}",
+            f"the kernels of this qcompile read {readable or 'no such weights'}",
             remedy="upgrade qcompile" if newer else "compile the model again",
         )
 
