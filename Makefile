@@ -1,6 +1,7 @@
 # make demo        a real model, compiled, compared and talking
-# make test        everything that CI runs: lint, types, all tests
-# make test-fast   all tests but the slow ones
+# make test        everything that CI runs: lint, types, tests
+# make test-fast   its tests without the slow ones
+# make test-all    its tests and all seeds of the random ones: an hour
 # make lint types format kernels links clean
 #
 # demo and test work in .venv, which they make with $(PYTHON) and keep fresh: dependencies follow
@@ -20,16 +21,19 @@ CPP     := $(shell find kernels tests -name '*.cc' -o -name '*.h')
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
 
 .NOTPARALLEL:
-.PHONY: demo test test-fast lint types format kernels links clean package
+.PHONY: demo test test-fast test-all lint types format kernels links clean package
 
 demo: $(VENV)/.demo package
 	@$(BIN)/python examples/demo.py
 
 test: lint types
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
 
 test-fast: $(VENV)/.test package
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not exhaustive"
+
+test-all: $(VENV)/.test package
+	$(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check $(LINTED)

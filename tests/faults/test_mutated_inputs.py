@@ -149,7 +149,7 @@ def test_good_input_is_read_within_the_limits(
 @pytest.mark.parametrize(
     ("kind", "seed"),
     [
-        pytest.param(kind, seed, marks=() if seed < FAST_SEEDS else pytest.mark.slow)
+        pytest.param(kind, seed, marks=() if seed < FAST_SEEDS else pytest.mark.exhaustive)
         for seed, kind in zip(range(SEEDS), itertools.cycle(INPUTS), strict=False)
     ],
 )

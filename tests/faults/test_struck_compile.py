@@ -193,7 +193,7 @@ def workshop(
 each_seed = pytest.mark.parametrize(
     "seed",
     [
-        pytest.param(seed, marks=() if seed < FAST_SEEDS else pytest.mark.slow)
+        pytest.param(seed, marks=() if seed < FAST_SEEDS else pytest.mark.exhaustive)
         for seed in range(SEEDS)
     ],
 )
