@@ -6,6 +6,8 @@ same instruction set: norm, rounding and products are those of the single operat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,10 @@ def cpu_linears(
     if normed:
         x = rms_norm(x, norm_weight, epsilon)
     layout = (k, bits, group_size, has_zero_point, scale_dtype, coding, act)
+    added: Sequence[Tensor | None] = biases or (None,) * len(packed)
     return [
         cpu_linear(x, weight, bias, None, size, *layout)
-        for weight, bias, size in zip(packed, biases or [None] * len(packed), sizes, strict=True)
+        for weight, bias, size in zip(packed, added, sizes, strict=True)
     ]
 
 

@@ -68,7 +68,8 @@ def _linears(
     count = len(packed)
     layout = _layout(0, k, bits, group_size, has_zero_point, scale_dtype, coding)
     del layout["N"]
-    layers = zip(packed, biases or [None] * count, strict=True)
+    added: Sequence[ir.Value | None] = biases or (None,) * count
+    layers = zip(packed, added, strict=True)
     return b.ops(
         "QLinears",
         *(x, norm_weight, *(operand for layer in layers for operand in layer)),

@@ -51,6 +51,14 @@ def compiled(program: Models, tmp_path_factory: pytest.TempPathFactory) -> Compi
     return make
 
 
+WEIGHTS = {
+    "QLinear": {1: "N"},
+    "QEmbedding": {1: "N"},
+    "QLinears": {2: "N0", 4: "N1", 6: "N2"},
+    "QGatedLinear": {2: "N", 4: "N"},
+}
+"""Inputs of operators that are weights, and the attributes that tell their sizes."""
+
 INTEGERS = tuple(f"int{bits}-g{GROUP}" for bits in PACKABLE_BITS)
 LOOKUPS = ("ternary-g16", "nf4-g16", "nf4-g16-dq", "fp8", "mxfp4", "nvfp4", "(-2,-0.5,0,1)-g32")
 FORMATS = (*INTEGERS, "int1-g16-asym", "int3-g16-asym", "int4-g16-fp32", *LOOKUPS)
@@ -73,10 +81,12 @@ def test_weights_take_their_bits_and_float16_scales(bits: int, compiled: Compile
     sizes = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
     expected = {}
     for node in model.graph.node:
-        if node.op_type in ("QLinear", "QEmbedding"):
-            options = {attribute.name: attribute.i for attribute in node.attribute}
-            rows, columns = -(-options["N"] // 16) * 16, options["K"]
+        options = {attribute.name: attribute.i for attribute in node.attribute}
+        for weight, size in WEIGHTS.get(node.op_type, {}).items():
+            if weight >= len(node.input):
+                continue
+            rows, columns = -(-options[size] // 16) * 16, options["K"]
             assert columns % GROUP == 0
-            expected[node.input[1]] = rows * columns * bits // 8 + rows * columns // GROUP * 2
+            expected[node.input[weight]] = rows * columns * bits // 8 + rows * columns // GROUP * 2
     assert len(expected) == 1 + 7 * 2  # the tied embedding, and seven layers in two blocks
     assert {name: sizes[name] for name in expected} == expected
