@@ -142,10 +142,13 @@ def _check_language_model(path: Path, manifest: Manifest) -> None:
 
 
 def _grows_along_one_axis(past: ValueInfo, present: ValueInfo) -> bool:
+    """The axis has a name, or, where all sizes are fixed, another size afterwards."""
     if past.dtype != present.dtype or len(past.shape) != len(present.shape):
         return False
+    named = [size for size in past.shape[1:] if isinstance(size, str)]
     sizes = zip(past.shape[1:], present.shape[1:], strict=True)
-    return sum(isinstance(size, str) or size != after for size, after in sizes) == 1
+    grown = [after for size, after in sizes if size != after]
+    return len(named) == 1 or (not named and len(grown) == 1 and isinstance(grown[0], int))
 
 
 def _unfit(path: Path, reason: str) -> ArtifactError:
