@@ -6,7 +6,7 @@ are shapes only. It can be printed, counted, checked and lowered, but not run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, cast
@@ -29,9 +29,15 @@ from qcompile.passes.infra import (
 )
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
 from qcompile.passes.quantize.policy import FormatPolicy
+from qcompile.passes.quantize.quantize_activations import (
+    QuantizeActivations,
+    RoundedInput,
+    Scales,
+)
 from qcompile.passes.quantize.replace_weight import replace_weight
-from qcompile.pipeline import recipe_phases
+from qcompile.pipeline import make_pass, recipe_phases
 from qcompile.recipe import QuantizeWeights, Recipe, StepOptions
+from qcompile.recipe_schema import DATA_FREE_TRANSFORMS, TRANSFORM_STEPS, Step
 
 
 @dataclass(frozen=True)
@@ -91,11 +97,24 @@ def plan_weights(program: Program, recipe: Recipe) -> WeightPlan:
 
 
 def planned_phases(recipe: Recipe) -> tuple[Phase, ...]:
-    """The steps of a recipe as phases that read no weight."""
+    """The steps of a recipe as phases that read no weight and no data.
+
+    Transforms that are chosen from data are left out: they keep the function, and what a few of
+    them leave in the program counts only when it is there.
+    """
     return tuple(
-        Phase(step.name, (PLANNERS[step.name](step.options),)) if step.name in PLANNERS else phase
+        _planned(step, phase)
         for step, phase in zip(recipe.steps, recipe_phases(recipe), strict=True)
     )
+
+
+def _planned(step: Step, phase: Phase) -> Phase:
+    if step.name in PLANNERS:
+        return Phase(step.name, (PLANNERS[step.name](step.options),))
+    if step.name in TRANSFORM_STEPS - DATA_FREE_TRANSFORMS:
+        chooser = type(make_pass(step.name, step.options))
+        return Phase(step.name, tuple(p for p in phase.passes if type(p) is not chooser))
+    return phase
 
 
 def plan(
@@ -153,8 +172,33 @@ class PlanWeights(Pass):
         return result
 
 
+class PlanActivations(QuantizeActivations):
+    """`quantize_activations` with static scales that are shapes only.
+
+    Args:
+        options: Those of the step.
+    """
+
+    def __init__(self, options: StepOptions) -> None:
+        super().__init__(**{key: getattr(options, key) for key in type(options).model_fields})
+
+    @property
+    def name(self) -> str:
+        """That of the pass whose work it plans."""
+        return "quantize_activations"
+
+    def _measure(
+        self, program: Program, inputs: Sequence[RoundedInput], context: Context
+    ) -> Scales:
+        del program, context
+        return {
+            (group.value, group.bits): torch.empty(self.scale_shape(group), device="meta")
+            for group in inputs
+        }
+
+
 PLANNERS: Mapping[str, Callable[[StepOptions], Pass]] = MappingProxyType(
-    {"quantize_weights": PlanWeights}
+    {"quantize_weights": PlanWeights, "quantize_activations": PlanActivations}
 )
 """For each step whose pass reads weights, a pass that makes the same program without reading."""
 

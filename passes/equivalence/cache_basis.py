@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.ir import dialect
 from qcompile.ir.program import Program
+from qcompile.ir.types import Role
+
+_PAST_OF: Mapping[Role, Role] = MappingProxyType(
+    {Role.PRESENT_KEY: Role.PAST_KEY, Role.PRESENT_VALUE: Role.PAST_VALUE}
+)
 
 
 def to_cache_basis(program: Program, node: fx.Node, value: Tensor) -> Tensor:
@@ -28,11 +34,21 @@ def from_cache_basis(program: Program, node: fx.Node, value: Any) -> Any:
 
     Args:
         program: The program.
-        node: Any of its nodes.
+        node: Any of its nodes; those that it returns as keys and values to keep are meant.
         value: Its value.
     """
-    if node.target is not dialect.kv_append:
+    if not program.cache_basis:
         return value
-    past = node.args[0]
-    basis = program.cache_basis.get(str(past.target)) if isinstance(past, fx.Node) else None
+    basis = program.cache_basis.get(_past_of(program, node))
     return value if basis is None else value @ torch.linalg.inv(basis).to(value.dtype)
+
+
+def _past_of(program: Program, result: fx.Node) -> str:
+    """The name of the input that a result takes the place of; empty if there is none."""
+    for port, node in zip(program.signature.outputs, program.results, strict=True):
+        if node is result and port.role in _PAST_OF:
+            wanted = (_PAST_OF[port.role], port.layer)
+            for past, place in zip(program.signature.inputs, program.inputs, strict=True):
+                if (past.role, past.layer) == wanted:
+                    return str(place.target)
+    return ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, fx
 
-from qcompile.calibration.engine import collect
 from qcompile.calibration.requests import Request
 from qcompile.calibration.statistics import ChannelRange, Histogram
 from qcompile.errors import RecipeError
@@ -18,6 +17,7 @@ from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
+from qcompile.passes.measure import measure
 from qcompile.passes.quantize.activation_ranges import (
     RANGE_METHODS,
     RangeMethod,
@@ -37,6 +37,29 @@ all tokens, or one per channel for all tokens, both from calibration."""
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
 
 _STATIC = frozenset({"tensor", "channel"})
+
+
+@dataclass
+class RoundedInput:
+    """A value, and the linears that read it rounded alike.
+
+    Attributes:
+        value: The value.
+        group_size: Channels per scale; 0 is one scale for all.
+        bits: Of its codes.
+        linears: What reads it.
+        weights: Their weights' names.
+    """
+
+    value: fx.Node
+    group_size: int
+    bits: int
+    linears: list[fx.Node]
+    weights: list[str]
+
+
+Scales = dict[tuple[fx.Node, int], Tensor]
+"""Static scales by value and bits: ``[1]``, or ``[K]`` per channel."""
 
 
 class QuantizeActivations(Pass):
@@ -117,7 +140,7 @@ class QuantizeActivations(Pass):
         """
         result = PassResult()
         groups = list(self._inputs(program, result))
-        scales = self._static_scales(program, groups, context) if self._is_static else {}
+        scales = self._measure(program, groups, context) if self._is_static else {}
         editor = Editor(program)
         for group in groups:
             first = group.linears[0]
@@ -145,9 +168,9 @@ class QuantizeActivations(Pass):
     def _is_static(self) -> bool:
         return self._granularity in _STATIC
 
-    def _inputs(self, program: Program, result: PassResult) -> Iterator[_Input]:
+    def _inputs(self, program: Program, result: PassResult) -> Iterator[RoundedInput]:
         """The values to round, in graph order; linears that are passed over become skips."""
-        found: dict[tuple[fx.Node, int, int], _Input] = {}
+        found: dict[tuple[fx.Node, int, int], RoundedInput] = {}
         for linear in program.calls(LINEAR):
             weight = stored_weight(linear.args[1])
             source = linear.args[0]
@@ -161,7 +184,7 @@ class QuantizeActivations(Pass):
                 continue
             size = {"group": weight.format.group_size, "channel": 1}.get(self._granularity, 0)
             bits = self._bits_of(weight.name)
-            entry = found.setdefault((source, size, bits), _Input(source, size, bits, [], []))
+            entry = found.setdefault((source, size, bits), RoundedInput(source, size, bits, [], []))
             entry.linears.append(linear)
             entry.weights.append(weight.name)
         yield from found.values()
@@ -171,22 +194,22 @@ class QuantizeActivations(Pass):
         matching = [bits for pattern, bits in self._overrides if matches_any([pattern], name)]
         return matching[-1] if matching else self._bits
 
-    def _static_scales(
-        self, program: Program, groups: Iterable[_Input], context: Context
-    ) -> dict[tuple[fx.Node, int], Tensor]:
+    def scale_shape(self, group: RoundedInput) -> tuple[int]:
+        """The shape of an input's static scale."""
+        channels = int(group.value.meta["val"].shape[-1])
+        return (channels if self._granularity == "channel" else 1,)
+
+    def _measure(
+        self, program: Program, inputs: Sequence[RoundedInput], context: Context
+    ) -> Scales:
         """Scales of inputs at their bits, measured on the context's calibration data."""
-        calibration = context.calibration
-        data = calibration.inputs(program, "activation quantization with static scales")
         per_channel = self._granularity == "channel"
-        wanted = [(group.value, group.bits) for group in groups]
-        found = collect(
+        wanted = [(group.value, group.bits) for group in inputs]
+        found = measure(
             program,
-            data,
             [Request(value, ChannelRange if per_channel else Histogram) for value, _ in wanted],
-            memory_limit=calibration.memory_limit,
-            work_directory=calibration.work_directory,
-            plan=calibration.plan,
-            progress=context.progress,
+            context,
+            "activation quantization with static scales",
         )
         if per_channel:
             return {
@@ -197,31 +220,20 @@ class QuantizeActivations(Pass):
             for v, bits in wanted
         }
 
-    def _round(self, editor: Editor, group: _Input) -> fx.Node:
+    def _round(self, editor: Editor, group: RoundedInput) -> fx.Node:
         size = group.group_size
         scale = editor.call(dialect.dynamic_scale, group.value, group.bits, size)
         return self._rounded(editor, group, scale)
 
-    def _round_statically(self, editor: Editor, group: _Input, scale: Tensor) -> fx.Node:
+    def _round_statically(self, editor: Editor, group: RoundedInput, scale: Tensor) -> fx.Node:
         name = f"{group.weights[0].removesuffix('.weight')}.input_scale"
         editor.program.weights.put(name, scale)
         return self._rounded(editor, group, editor.weight(name))
 
-    def _rounded(self, editor: Editor, group: _Input, scale: fx.Node) -> fx.Node:
+    def _rounded(self, editor: Editor, group: RoundedInput, scale: fx.Node) -> fx.Node:
         bits, size = group.bits, group.group_size
         codes = editor.call(dialect.quantize, group.value, scale, None, bits, size)
         return editor.call(dialect.dequantize, codes, scale, None, bits, size)
-
-
-@dataclass
-class _Input:
-    """A value, and the linears that read it rounded alike."""
-
-    value: fx.Node
-    group_size: int
-    bits: int
-    linears: list[fx.Node]
-    weights: list[str]
 
 
 def _bits(format: str) -> int:
