@@ -347,6 +347,9 @@ TRANSFORM_STEPS: Final = frozenset(
 )
 """Steps that change bases and keep the function; weights must still be floats."""
 
+DATA_FREE_TRANSFORMS: Final = frozenset({"rotate"})
+"""Those of them that need no calibration data and read no weights."""
+
 
 class Step(BaseModel):
     """One step of a recipe, ``{name: options}`` in YAML and JSON.
