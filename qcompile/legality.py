@@ -295,7 +295,7 @@ def _verdicts(
     rounded = {
         name: f"int{detail['bits']}"
         for record in records
-        if record.name == "quantize_activations"
+        if record.name in ("quantize_activations", "quantize_clusters")
         for detail in record.result.details
         for name in detail["weights"]
     }

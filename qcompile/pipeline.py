@@ -8,6 +8,7 @@ from qcompile.ir.types import Fact
 from qcompile.passes.canonicalize import canonicalize_phase
 from qcompile.passes.infra import Pass, Phase
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
+from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_ops import raise_phase
 from qcompile.passes.transform.atq import Atq
@@ -18,6 +19,7 @@ from qcompile.passes.transform.fuse_transforms import FuseTransforms
 from qcompile.passes.transform.quip import Quip
 from qcompile.passes.transform.resq import Resq
 from qcompile.passes.transform.rotate import Rotate
+from qcompile.passes.transform.rptq import Rptq
 from qcompile.passes.transform.smooth import Smooth
 from qcompile.passes.transform.spinquant import Spinquant
 from qcompile.recipe import Recipe, StepOptions
@@ -30,9 +32,11 @@ PASSES: Mapping[str, Callable[..., Pass]] = {
     "spinquant": Spinquant,
     "resq": Resq,
     "quip": Quip,
+    "rptq": Rptq,
     "atq": Atq,
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
+    "quantize_clusters": QuantizeClusters,
 }
 """The pass behind each step of a recipe; it takes the step's options by name."""
 

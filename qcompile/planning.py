@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import ClassVar, cast
 
 import torch
+from torch import fx
 
 from qcompile.errors import RecipeError
 from qcompile.formats import Format, QuantizedWeight
@@ -34,6 +35,7 @@ from qcompile.passes.quantize.quantize_activations import (
     RoundedInput,
     Scales,
 )
+from qcompile.passes.quantize.quantize_clusters import Grids, QuantizeClusters
 from qcompile.passes.quantize.replace_weight import replace_weight
 from qcompile.pipeline import make_pass, recipe_phases
 from qcompile.recipe import QuantizeWeights, Recipe, StepOptions
@@ -197,8 +199,42 @@ class PlanActivations(QuantizeActivations):
         }
 
 
+class PlanClusters(QuantizeClusters):
+    """`quantize_clusters` with grids that are shapes only.
+
+    Args:
+        options: Those of the step.
+    """
+
+    def __init__(self, options: StepOptions) -> None:
+        super().__init__(**{key: getattr(options, key) for key in type(options).model_fields})
+
+    @property
+    def name(self) -> str:
+        """That of the pass whose work it plans."""
+        return "quantize_clusters"
+
+    def grids(
+        self, program: Program, inputs: Mapping[fx.Node, Sequence[fx.Node]], context: Context
+    ) -> dict[fx.Node, Grids]:
+        """Grids without numbers."""
+        del program, context
+        widths = {x: int(x.meta["val"].shape[-1]) for x in inputs}
+        return {
+            x: (
+                torch.empty(width, device="meta"),
+                torch.empty(width, dtype=torch.uint8, device="meta"),
+            )
+            for x, width in widths.items()
+        }
+
+
 PLANNERS: Mapping[str, Callable[[StepOptions], Pass]] = MappingProxyType(
-    {"quantize_weights": PlanWeights, "quantize_activations": PlanActivations}
+    {
+        "quantize_weights": PlanWeights,
+        "quantize_activations": PlanActivations,
+        "quantize_clusters": PlanClusters,
+    }
 )
 """For each step whose pass reads weights, a pass that makes the same program without reading."""
 

@@ -308,6 +308,36 @@ class Atq(StepOptions):
     ignore: tuple[Pattern, ...] = ()
 
 
+class Rptq(StepOptions):
+    """Step ``rptq``: channels of like ranges side by side, for ``quantize_clusters``.
+
+    Needs calibration data.
+
+    Attributes:
+        clusters: Per input of linears, at most.
+        head_clusters: Per head behind attention, at most.
+        ignore: Patterns on names of weights whose inputs stay as they are.
+    """
+
+    clusters: int = Field(default=32, ge=1)
+    head_clusters: int = Field(default=4, ge=1)
+    ignore: tuple[Pattern, ...] = ()
+
+
+class QuantizeClusters(StepOptions):
+    """Step ``quantize_clusters``: activations become codes of static grids, one per cluster.
+
+    Needs calibration data, and stands in the place of ``quantize_activations``.
+
+    Attributes:
+        format: Format of the codes, asymmetric.
+        ignore: Patterns on names of weights whose inputs stay float.
+    """
+
+    format: ActivationFormat = "int8"
+    ignore: tuple[Pattern, ...] = ()
+
+
 class Quip(StepOptions):
     """Step ``quip``: random rotations on both sides of weights, which stay in the program.
 
@@ -334,16 +364,18 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
         "spinquant": Spinquant,
         "resq": Resq,
         "quip": Quip,
+        "rptq": Rptq,
         "atq": Atq,
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
+        "quantize_clusters": QuantizeClusters,
     }
 )
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
 
 
 TRANSFORM_STEPS: Final = frozenset(
-    {"atq", "duquant", "quip", "resq", "rotate", "spinquant", "smooth"}
+    {"atq", "duquant", "quip", "resq", "rotate", "rptq", "spinquant", "smooth"}
 )
 """Steps that change bases and keep the function; weights must still be floats."""
 
@@ -418,14 +450,13 @@ class Recipe(_Strict):
                         f"{name} comes after quantize_weights: codes can absorb no transform",
                         f"put {name} before quantize_weights",
                     )
-        if "quantize_activations" in names and (
-            "quantize_weights" not in names[: names.index("quantize_activations")]
-        ):
-            raise _custom_error(
-                "order",
-                "quantize_activations needs a quantize_weights step before it",
-                "put quantize_weights before it",
-            )
+        for name in ("quantize_activations", "quantize_clusters"):
+            if name in names and "quantize_weights" not in names[: names.index(name)]:
+                raise _custom_error(
+                    "order",
+                    f"{name} needs a quantize_weights step before it",
+                    "put quantize_weights before it",
+                )
         return self
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,20 +25,23 @@ def tiny(name: str) -> Program:
     return raised_tiny_model(name)[1].copy()
 
 
-def with_outliers(program: Program, source: str, channels: list[int], factor: float) -> Program:
-    """The program with some output channels of a linear times a factor.
+def with_outliers(
+    program: Program, source: str, channels: list[int], factor: float, axis: int = 0
+) -> Program:
+    """The program with some channels of a linear times a factor.
 
     Args:
         program: It is not changed.
         source: Name of the weight.
-        channels: Rows of the weight.
+        channels: Rows of the weight: outputs.
         factor: What they are multiplied by.
+        axis: 1 for columns: inputs.
     """
 
     def scaled(weight: Tensor) -> Tensor:
-        weight = weight.clone()
-        weight[channels] *= factor
-        return weight
+        factors = torch.ones(weight.shape[axis], dtype=weight.dtype)
+        factors[channels] = factor
+        return weight * (factors[:, None] if axis == 0 else factors)
 
     changed = program.copy()
     spec = changed.weights.spec(source)
