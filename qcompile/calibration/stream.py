@@ -28,7 +28,7 @@ from qcompile.calibration.parallel import fast_products, ordered_map
 from qcompile.calibration.requests import Request, Statistics, linear_inputs
 from qcompile.calibration.samples import CalibrationData
 from qcompile.calibration.statistics import Statistic
-from qcompile.calibration.store import ActivationStore
+from qcompile.calibration.store import ActivationStore, release_freed_memory
 from qcompile.errors import DataError, ModelError
 from qcompile.formats.row_blocks import operators_on_one_thread
 from qcompile.ir import dialect
@@ -236,6 +236,7 @@ class Stream:
         """
         if self._prepared is None or self._prepared.values != tuple(values):
             self._prepared = None  # its weights may go first
+            release_freed_memory()
             part = self._part(values, leaving)
             constants = self._constants(part.nodes, self._overrides)
             contents = [part.text(), *(_digest_value(v) for v in constants.values())]
