@@ -19,7 +19,6 @@ from qcompile.backends.onnx.decompose import decompose
 from qcompile.backends.onnx.dialect import DIALECT
 from qcompile.backends.onnx.dialect_experts import EXPERTS
 from qcompile.backends.onnx.dialect_lookup import LOOKUP
-from qcompile.backends.onnx.dialect_transform import TRANSFORM
 from qcompile.backends.onnx.ports import DimensionNames
 from qcompile.backends.onnx.sizes import PYTHON
 from qcompile.backends.onnx.translation import Emitted, Translation
@@ -45,7 +44,7 @@ _CUSTOM_OPSET = 1
 _LISTED = 5
 
 STANDARD: Mapping[Any, Translation] = MappingProxyType(
-    {**PYTHON, **ATEN, **DIALECT, **EXPERTS, **LOOKUP, **TRANSFORM}
+    {**PYTHON, **ATEN, **DIALECT, **EXPERTS, **LOOKUP}
 )
 """Every call target that the standard operators can express."""
 

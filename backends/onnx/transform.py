@@ -16,8 +16,6 @@ from qcompile.kernels.hadamard.matrix import core, core_order, sylvester
 HadamardEmission = Callable[[Builder, ir.Value, "Place", int, bool], ir.Value]
 """Writes a Hadamard transform of blocks of a size, transposed or not."""
 
-_FLOAT = ir.DataType.FLOAT
-
 _LARGEST_FACTOR = 64
 """Sylvester's matrix is multiplied as a Kronecker product of factors up to this order."""
 
@@ -58,11 +56,10 @@ def emit_transform(
         hadamard: How Hadamard transforms are written.
 
     Raises:
-        UnsupportedError: The last axis varies in size, or a kind is unknown.
+        UnsupportedError: A kind or an order of a Hadamard matrix is unknown.
     """
-    size = static_size(b.shape(x)[-1])
-    if size is None:
-        raise UnsupportedError("a transform of an axis whose size varies")
+    # Channels do not vary in number, even where the trace of a plain module left that open.
+    size = int(b.shape(x)[-1])
     rest = _Rest(iter(kind.split("+")), iter(params), iter(int(d) for d in dims), hadamard)
     return _emit(b, x, Place(b.rank(x), size), rest)
 
@@ -80,13 +77,13 @@ def standard_hadamard(
     after = 1
     for matrix in reversed(matrices):
         width = len(matrix)
-        scaled = matrix.to(torch.float32) / math.sqrt(width)
+        scaled = matrix.to(torch.float64) / math.sqrt(width)
         if after == 1:
             parts = place.split(b, x, place.size // width, width)
-            x = b.op("MatMul", parts, b.constant(scaled.numpy(), _FLOAT))
+            x = b.op("MatMul", parts, b.constant(scaled.numpy(), b.dtype))
         else:
             parts = place.split(b, x, place.size // (width * after), width, after)
-            x = b.op("MatMul", b.constant(scaled.T.numpy(), _FLOAT), parts, dtype=_FLOAT)
+            x = b.op("MatMul", b.constant(scaled.T.numpy(), b.dtype), parts)
         after *= width
     return place.split(b, x, place.size) if matrices else x
 
@@ -106,9 +103,9 @@ def _emit(b: Builder, x: ir.Value, place: Place, rest: _Rest) -> ir.Value:
         case "identity":
             return x
         case "diagonal":
-            return b.op("Mul", x, next(rest.params))
+            return b.op("Mul", x, b.cast(next(rest.params), b.dtype))
         case "shift":
-            return b.op("Add", x, next(rest.params))
+            return b.op("Add", x, b.cast(next(rest.params), b.dtype))
         case "permutation":
             return b.op("Gather", x, next(rest.params), axis=-1)
         case "hadamard":
@@ -127,7 +124,11 @@ def _emit(b: Builder, x: ir.Value, place: Place, rest: _Rest) -> ir.Value:
 
 def _hadamard(b: Builder, x: ir.Value, place: Place, rest: _Rest) -> ir.Value:
     block, transposed, signed = next(rest.dims), bool(next(rest.dims)), next(rest.dims)
-    signs = b.cast(next(rest.params), _FLOAT) if signed else None
+    signs = b.cast(next(rest.params), b.dtype) if signed else None
+    if place.size % block or core_order(block) is None:
+        raise UnsupportedError(
+            f"a Hadamard transform in blocks of {block} on {place.size} channels"
+        )
     if signs is not None and not transposed:
         x = b.op("Mul", x, signs)
     x = rest.hadamard(b, x, place, block, transposed)
@@ -137,7 +138,9 @@ def _hadamard(b: Builder, x: ir.Value, place: Place, rest: _Rest) -> ir.Value:
 def _matrix(b: Builder, x: ir.Value, place: Place, matrix: ir.Value) -> ir.Value:
     order = static_size(b.shape(matrix)[-1])
     assert order is not None
-    if order == place.size and b.rank(matrix) == 2:
+    is_dense = order == place.size and b.rank(matrix) == 2
+    matrix = b.cast(matrix, b.dtype)
+    if is_dense:
         return b.op("MatMul", x, matrix)
     parts = place.split(b, x, place.size // order, 1, order)
     return place.split(b, b.op("MatMul", parts, matrix), place.size)
