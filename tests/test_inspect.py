@@ -76,7 +76,10 @@ def test_operators_are_counted_after_each_phase(inspection: Inspection) -> None:
     assert phases["raise"]["qc.rms_norm"] == norms
     assert "aten.rsqrt" not in phases["raise"]
     assert phases["quantize_weights"]["qc.dequantize"] == linears + 1  # the embedding
-    assert phases["lower"]["qc.cpu_linear"] == linears
+    # Query, key and value are one node, and so are gate and up; the others stand alone.
+    assert phases["lower"]["qc.cpu_linears"] == attentions
+    assert phases["lower"]["qc.cpu_gated_linear"] == attentions
+    assert phases["lower"]["qc.cpu_linear"] == linears - 5 * attentions
     assert "qc.dequantize" not in phases["lower"]
 
 
