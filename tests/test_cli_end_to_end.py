@@ -90,8 +90,8 @@ def test_eval_of_a_model_against_itself_finds_no_divergence(
 
 def test_output_that_exists_is_kept(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (artifact / "manifest.json").read_bytes()
-    error = run_json(capsys, "compile", "absent-model", "-o", str(artifact), code=3)["error"]
-    assert "absent-model" in error["message"]
+    error = run_json(capsys, "compile", "absent-model", "-o", str(artifact), code=5)["error"]
+    assert str(artifact) in error["message"]
     assert (artifact / "manifest.json").read_bytes() == before
 
 

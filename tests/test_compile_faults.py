@@ -417,19 +417,19 @@ def test_disk_that_fills_up_leaves_the_old_output(
 ) -> None:
     output = Path(shutil.copytree(made, tmp_path / "old"))
     before = contents(output)
-    fail_to_open(name, monkeypatch)
+    fail_to_open(name, tmp_path, monkeypatch)
     with pytest.raises(ArtifactError, match=r"is full|No space left on device"):
         qc.compile(checkpoint, output=output, overwrite=True)
     assert contents(output) == before
     assert list(tmp_path.iterdir()) == [output]
 
 
-def fail_to_open(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the disk full as soon as a file of that name is to be written."""
+def fail_to_open(name: str, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a disk full as soon as a file of that name is to be written to it."""
     original = Path.open
 
     def full(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        if self.name == name and "w" in mode:
+        if self.name == name and "w" in mode and self.is_relative_to(disk):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
         return original(self, mode, *rest, **options)
 
@@ -451,13 +451,13 @@ def _writing(method: str, mode: str, open_file: Callable[..., Any]) -> Callable[
 _SLOW_COMPILE = """
 import sys, time
 from qcompile.cli import main
-from qcompile.passes.quantize import quantize_weights
-original = quantize_weights.rtn
-def rtn(*arguments, **options):
+from qcompile.passes.quantize.methods import Rtn
+original = Rtn.quantize
+def quantize(self, task):
     print("rounding", flush=True)
     time.sleep(30)
-    return original(*arguments, **options)
-quantize_weights.rtn = rtn
+    return original(self, task)
+Rtn.quantize = quantize
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -114,7 +114,7 @@ def test_legal_verdict_is_a_table_of_all_layers(llama: Program) -> None:
     verdict.refuse()
     assert format_tables(preflight_tables(verdict)[:2]) == (
         "verdict\n"
-        "  model    llama0\n"
+        f"  model    {llama.provenance.name}\n"
         "  recipe   w4a8-rtn\n"
         "  target   cpu\n"
         "  verdict  legal\n"
