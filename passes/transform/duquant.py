@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.roles import linears_by_input
+from qcompile.analysis.roles import linears_by_input, weight_name
 from qcompile.calibration.requests import Request, Statistics
 from qcompile.calibration.statistics import Rows
 from qcompile.ir.program import Program
@@ -137,4 +137,4 @@ def _typical_rows(found: Statistics, value: fx.Node) -> Tensor:
 
 
 def _weights(linears: Iterable[fx.Node]) -> list[str]:
-    return [str(linear.args[1].target) for linear in linears]  # type: ignore[union-attr]
+    return [weight_name(linear) for linear in linears]

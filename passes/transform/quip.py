@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.roles import linears_by_input
+from qcompile.analysis.roles import linears_by_input, weight_name
 from qcompile.calibration.requests import Request
 from qcompile.calibration.statistics import ChannelMoments
 from qcompile.errors import RecipeError
@@ -109,7 +109,7 @@ class Quip(Pass):
                 result.rewrites += 1
                 result.details.append(
                     {
-                        "weight": _weight(linear),
+                        "weight": weight_name(linear),
                         "incoherence_before": mu,
                         "incoherence_after": incoherence(_materialized(program, linear)),
                     }
@@ -126,11 +126,11 @@ class Quip(Pass):
             chosen = []
             for linear in linears:
                 if linear is head:
-                    result.skips.append(Skip(_weight(linear), "it makes the logits"))
-                elif matches_any(self._ignore, _weight(linear)):
-                    result.skips.append(Skip(_weight(linear), "it is kept by the recipe"))
+                    result.skips.append(Skip(weight_name(linear), "it makes the logits"))
+                elif matches_any(self._ignore, weight_name(linear)):
+                    result.skips.append(Skip(weight_name(linear), "it is kept by the recipe"))
                 else:
-                    own_weight(program, _weight(linear), linear)
+                    own_weight(program, weight_name(linear), linear)
                     chosen.append(linear)
             if chosen:
                 yield x, chosen
@@ -186,8 +186,4 @@ def _floored(values: Tensor) -> Tensor:
 
 
 def _materialized(program: Program, linear: fx.Node) -> Tensor:
-    return program.weights.materialize(_weight(linear), torch.float64)
-
-
-def _weight(linear: fx.Node) -> str:
-    return str(linear.args[1].target)  # type: ignore[union-attr]
+    return program.weights.materialize(weight_name(linear), torch.float64)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.families import Family, Port, PortRole
-from qcompile.analysis.roles import linears_by_input
+from qcompile.analysis.roles import linears_by_input, weight_name
 from qcompile.analysis.sites import Site
 from qcompile.calibration.requests import Request, Statistics
 from qcompile.calibration.statistics import Hessian
@@ -186,7 +186,7 @@ def _random(n: int, generator: torch.Generator) -> Tensor:
 
 def _linears_by_weight(program: Program) -> dict[str, fx.Node]:
     return {
-        str(linear.args[1].target): linear  # type: ignore[union-attr]
+        weight_name(linear): linear
         for _, linears in linears_by_input(program)
         for linear in linears
     }
@@ -234,4 +234,4 @@ def _low_first(starts: Sequence[int], size: int, high: int) -> Tensor:
 
 def _weight(linear: fx.Node | None) -> str:
     assert linear is not None
-    return str(linear.args[1].target)  # type: ignore[union-attr]
+    return weight_name(linear)

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from qcompile.analysis.families import Family
-from qcompile.analysis.roles import DOWN_PROJ, O_PROJ, linear_role, linears_by_input
+from qcompile.analysis.roles import DOWN_PROJ, O_PROJ, linear_role, linears_by_input, weight_name
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -84,7 +84,7 @@ class Rotate(Pass):
             rotation = random_hadamard(size, None, online=True)
             insert_before(program, linears, rotation.value)
             result.rewrites += 1
-            names = [str(linear.args[1].target) for linear in linears]  # type: ignore[union-attr]
+            names = [weight_name(linear) for linear in linears]
             result.details.append(_detail("online", names, rotation))
         if "query_key" in self._online:
             for attention in program.calls(dialect.attention):
@@ -102,7 +102,7 @@ def rotation_sites(program: Program) -> Iterator[tuple[str, Site]]:
     attention reads.
     """
     after_attention = {
-        str(linear.args[1].target)  # type: ignore[union-attr]
+        weight_name(linear)
         for x, linears in linears_by_input(program)
         for linear in linears
         if linear_role(linear) == O_PROJ

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.families import Family, PortRole
-from qcompile.analysis.roles import linears_by_input
+from qcompile.analysis.roles import linears_by_input, weight_name
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.requests import Request
 from qcompile.calibration.statistics import ChannelRange
@@ -67,7 +67,7 @@ class Rptq(Pass):
         sites = {frozenset(site.sinks): site for site in find_sites(program) if _is_free(site)}
         for x, linears in groups:
             seen = found.of(x, ChannelRange)
-            names = [_weight(linear) for linear in linears]
+            names = [weight_name(linear) for linear in linears]
             site = sites.get(frozenset(names))
             if site is not None:
                 sizes = self._reorder_weights(program, site, names[0], seen)
@@ -111,9 +111,11 @@ class Rptq(Pass):
             chosen = []
             for linear in linears:
                 if linear is head:
-                    result.skips.append(Skip(_weight(linear), "it makes the logits"))
-                elif matches_any(self._ignore, _weight(linear)):
-                    result.skips.append(Skip(_weight(linear), "its input is kept by the recipe"))
+                    result.skips.append(Skip(weight_name(linear), "it makes the logits"))
+                elif matches_any(self._ignore, weight_name(linear)):
+                    result.skips.append(
+                        Skip(weight_name(linear), "its input is kept by the recipe")
+                    )
                 else:
                     chosen.append(linear)
             if chosen:
@@ -127,7 +129,3 @@ def _is_free(site: Site) -> bool:
 
 def _stretches(per_channel: Tensor, starts: Sequence[int], size: int) -> Tensor:
     return torch.stack([per_channel[start : start + size] for start in starts])
-
-
-def _weight(linear: fx.Node) -> str:
-    return str(linear.args[1].target)  # type: ignore[union-attr]

@@ -53,6 +53,13 @@ def linear_role(linear: fx.Node) -> str | None:
     return None
 
 
+def weight_name(linear: fx.Node) -> str:
+    """The name of the stored weight of a linear."""
+    weight = linear.args[1]
+    assert isinstance(weight, fx.Node)
+    return str(weight.target)
+
+
 def linears_by_input(program: Program) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
     """Values that linears over stored weights read, in graph order, each with these linears."""
     groups: dict[fx.Node, list[fx.Node]] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.families import Family, PortRole
-from qcompile.analysis.roles import linears_by_input
+from qcompile.analysis.roles import linears_by_input, weight_name
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -103,7 +103,7 @@ def find_scale_sites(program: Program) -> Iterator[ScaleSite | Skip]:
         else:
             yield ScaleSite(site, tuple(found))
     for _, linears in linears_by_input(program):
-        name = str(linears[0].args[1].target)  # type: ignore[union-attr]
+        name = weight_name(linears[0])
         if name not in considered:
             yield Skip(name, "no weight in front of it absorbs a scale")
 
