@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.roles import linears_by_input, weight_name
+from qcompile.analysis.roles import weight_name
 from qcompile.calibration.requests import Request, Statistics
 from qcompile.calibration.statistics import Rows
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
-from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
+from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 from qcompile.passes.measure import measure
-from qcompile.passes.quantize.layers import output_projection
-from qcompile.passes.quantize.policy import matches_any
 from qcompile.passes.transform.greedy_rotation import greedy_rotation, zigzag
 from qcompile.passes.transform.insert import insert_before
 from qcompile.passes.transform.peak_rows import PeakRows, unit_rows
 from qcompile.passes.transform.values import BlockDiagonal, Compose, Orthogonal, Permutation
+from qcompile.passes.transform.wanted_inputs import wanted_inputs
 
 _SAMPLED = 64
 """How many ordinary tokens a transform is fit to, beside as many of the worst."""
@@ -74,8 +73,8 @@ class Duquant(Pass):
         Raises:
             DataError: There is no calibration data, or it does not fit.
         """
-        result = PassResult()
-        groups = list(self._groups(program, result))
+        groups, skips = wanted_inputs(program, self._ignore)
+        result = PassResult(skips=skips)
         requests = [Request(value, kind) for value, _ in groups for kind in (PeakRows, Rows)]
         found = measure(program, requests, context, "DuQuant")
         generator = torch.Generator().manual_seed(context.seed + self._seed)
@@ -88,8 +87,8 @@ class Duquant(Pass):
             result.details.append(
                 {
                     "input": value.name,
-                    "weights": _weights(linears),
-                    "block_size": transform.parts[0].blocks[0].size,  # type: ignore[attr-defined]
+                    "weights": [weight_name(linear) for linear in linears],
+                    "block_size": self.block(transform.size),
                     "largest_before": float(rows.abs().max()),
                     "largest_after": float(transform.apply(rows).abs().max()),
                 }
@@ -100,41 +99,23 @@ class Duquant(Pass):
     def fit(self, rows: Tensor, generator: torch.Generator) -> Compose:
         """The transform for an input, from some of its rows ``[T, n]``."""
         n = rows.shape[1]
-        block = max(size for size in range(1, min(self._block_size, n) + 1) if n % size == 0)
+        block = self.block(n)
         first = self._rotation(rows, block, generator)
         rows = first.apply(rows)
         permutation = Permutation(zigzag(rows.abs().amax(0), n // block))
         rows = permutation.apply(rows)
         return Compose((first, permutation, self._rotation(rows, block, generator)))
 
+    def block(self, n: int) -> int:
+        """Channels per block of an input with n channels."""
+        return max(size for size in range(1, min(self._block_size, n) + 1) if n % size == 0)
+
     def _rotation(self, rows: Tensor, block: int, generator: torch.Generator) -> BlockDiagonal:
         matrix = greedy_rotation(rows, block, self._steps, generator)
         return BlockDiagonal((Orthogonal(matrix),) * (rows.shape[1] // block))
-
-    def _groups(
-        self, program: Program, result: PassResult
-    ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-        """Inputs, each with the linears to transform; what is passed over becomes skips."""
-        head = output_projection(program)
-        for value, linears in linears_by_input(program):
-            chosen = []
-            for linear in linears:
-                (weight,) = _weights([linear])
-                if linear is head:
-                    result.skips.append(Skip(weight, "it makes the logits"))
-                elif matches_any(self._ignore, weight):
-                    result.skips.append(Skip(weight, "its input is kept by the recipe"))
-                else:
-                    chosen.append(linear)
-            if chosen:
-                yield value, chosen
 
 
 def _typical_rows(found: Statistics, value: fx.Node) -> Tensor:
     """The worst rows and some others, each of root mean square 1: float32 [T, n]."""
     worst, others = found.of(value, PeakRows).values, unit_rows(found.of(value, Rows).values)
     return torch.cat((worst, others[:: 1 + len(others) // _SAMPLED]))
-
-
-def _weights(linears: Iterable[fx.Node]) -> list[str]:
-    return [weight_name(linear) for linear in linears]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx
@@ -156,11 +157,9 @@ def transform_node(editor: Editor, x: fx.Node, transform: Transform, stem: str) 
 
 def read_transform(program: Program, node: fx.Node) -> Transform:
     """The value of a `qc.transform` node."""
-    params, kind, dims = node.args[1:]
-    assert isinstance(params, (list, tuple))
-    tensors = [program.weights.materialize(str(p.target), torch.float64) for p in params]  # type: ignore[union-attr]
-    size = int(node.meta["val"].shape[-1])
-    return decode(str(kind), tensors, list(dims), size)  # type: ignore[arg-type]
+    params, kind, dims = cast("tuple[Sequence[fx.Node], str, Sequence[int]]", node.args[1:])
+    tensors = [program.weights.materialize(str(p.target), torch.float64) for p in params]
+    return decode(kind, tensors, list(dims), int(node.meta["val"].shape[-1]))
 
 
 def mark_online(node: fx.Node) -> None:

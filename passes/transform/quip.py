@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, fx
 
-from qcompile.analysis.roles import linears_by_input, weight_name
+from qcompile.analysis.roles import weight_name
 from qcompile.calibration.requests import Request
 from qcompile.calibration.statistics import ChannelMoments
 from qcompile.errors import RecipeError
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
-from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
+from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 from qcompile.passes.measure import measure
-from qcompile.passes.quantize.layers import output_projection
-from qcompile.passes.quantize.policy import matches_any
 from qcompile.passes.transform.insert import insert_after, insert_before
 from qcompile.passes.transform.untie_weights import own_weight
 from qcompile.passes.transform.values import (
@@ -30,6 +28,7 @@ from qcompile.passes.transform.values import (
     random_hadamard,
     random_orthogonal,
 )
+from qcompile.passes.transform.wanted_inputs import WantedInput, wanted_inputs
 
 RotationKind = Literal["hadamard", "kronecker"]
 """A randomized Hadamard transform, or the Kronecker product of two random orthogonal matrices."""
@@ -91,8 +90,10 @@ class Quip(Pass):
         Raises:
             DataError: Channels are to be scaled, and there is no calibration data.
         """
-        result = PassResult()
-        groups = list(self._groups(program, result))
+        groups, skips = wanted_inputs(program, self._ignore)
+        result = PassResult(skips=skips)
+        for linear in (linear for _, linears in groups for linear in linears):
+            own_weight(program, weight_name(linear), linear)
         generator = torch.Generator().manual_seed(context.seed + self._seed)
         scales = self._scales(program, groups, context) if self._rescale else {}
         context.progress.stage("rotate weights", len(groups))
@@ -117,29 +118,10 @@ class Quip(Pass):
             context.progress.advance(1, x.name)
         return result
 
-    def _groups(
-        self, program: Program, result: PassResult
-    ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-        """Inputs, each with the linears to transform; what is passed over becomes skips."""
-        head = output_projection(program)
-        for x, linears in linears_by_input(program):
-            chosen = []
-            for linear in linears:
-                if linear is head:
-                    result.skips.append(Skip(weight_name(linear), "it makes the logits"))
-                elif matches_any(self._ignore, weight_name(linear)):
-                    result.skips.append(Skip(weight_name(linear), "it is kept by the recipe"))
-                else:
-                    own_weight(program, weight_name(linear), linear)
-                    chosen.append(linear)
-            if chosen:
-                yield x, chosen
-
     def _scales(
-        self, program: Program, groups: Iterable[tuple[fx.Node, list[fx.Node]]], context: Context
+        self, program: Program, groups: Sequence[WantedInput], context: Context
     ) -> dict[fx.Node, Tensor]:
         """D for each input, ``[K]`` float64, of geometric mean 1."""
-        groups = list(groups)
         found = measure(program, [Request(x, ChannelMoments) for x, _ in groups], context, "QuIP")
         scales = {}
         for x, linears in groups:

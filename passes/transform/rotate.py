@@ -80,15 +80,14 @@ class Rotate(Pass):
             result.rewrites += 1
             result.details.append(_detail(place, [*site.sources, *site.sinks], rotation))
         for linears in _linears_with_role(program, self._online):
-            size = int(linears[0].args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
-            rotation = random_hadamard(size, None, online=True)
+            rotation = random_hadamard(_input_width(linears[0]), None, online=True)
             insert_before(program, linears, rotation.value)
             result.rewrites += 1
             names = [weight_name(linear) for linear in linears]
             result.details.append(_detail("online", names, rotation))
         if "query_key" in self._online:
             for attention in program.calls(dialect.attention):
-                rotation = random_hadamard(_head_width(attention), None, online=True)
+                rotation = random_hadamard(_input_width(attention), None, online=True)
                 rotate_queries_and_keys(program, attention, rotation.value)
                 result.rewrites += 1
                 result.details.append(_detail("queries and keys", [attention.name], rotation))
@@ -117,10 +116,11 @@ def rotation_sites(program: Program) -> Iterator[tuple[str, Site]]:
             yield "values", site
 
 
-def _head_width(attention: fx.Node) -> int:
-    query = attention.args[0]
-    assert isinstance(query, fx.Node)
-    return int(query.meta["val"].shape[-1])
+def _input_width(node: fx.Node) -> int:
+    """Channels of what a linear reads, or of a head's queries."""
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    return int(value.meta["val"].shape[-1])
 
 
 def _rotation(kind: RotationKind, size: int, generator: torch.Generator) -> Rotation:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qcompile.analysis.families import Family, PortRole
-from qcompile.analysis.roles import linears_by_input, weight_name
+from qcompile.analysis.roles import weight_name
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.calibration.requests import Request
 from qcompile.calibration.statistics import ChannelRange
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
-from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
+from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 from qcompile.passes.measure import measure
-from qcompile.passes.quantize.layers import output_projection
-from qcompile.passes.quantize.policy import matches_any
 from qcompile.passes.transform.absorb import absorb
 from qcompile.passes.transform.clusters import cluster_channels, mark_clusters
 from qcompile.passes.transform.insert import insert_before
 from qcompile.passes.transform.values import Permutation
+from qcompile.passes.transform.wanted_inputs import wanted_inputs
 
 
 class Rptq(Pass):
@@ -61,8 +60,8 @@ class Rptq(Pass):
         Raises:
             DataError: There is no calibration data, or it does not fit.
         """
-        result = PassResult()
-        groups = list(self._groups(program, result))
+        groups, skips = wanted_inputs(program, self._ignore)
+        result = PassResult(skips=skips)
         found = measure(program, [Request(x, ChannelRange) for x, _ in groups], context, "RPTQ")
         sites = {frozenset(site.sinks): site for site in find_sites(program) if _is_free(site)}
         for x, linears in groups:
@@ -102,24 +101,6 @@ class Rptq(Pass):
             sizes |= dict.fromkeys(starts, clusters)
         absorb(program, site, orders)
         return [size for start in sorted(sizes) for size in sizes[start]]
-
-    def _groups(
-        self, program: Program, result: PassResult
-    ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-        head = output_projection(program)
-        for x, linears in linears_by_input(program):
-            chosen = []
-            for linear in linears:
-                if linear is head:
-                    result.skips.append(Skip(weight_name(linear), "it makes the logits"))
-                elif matches_any(self._ignore, weight_name(linear)):
-                    result.skips.append(
-                        Skip(weight_name(linear), "its input is kept by the recipe")
-                    )
-                else:
-                    chosen.append(linear)
-            if chosen:
-                yield x, chosen
 
 
 def _is_free(site: Site) -> bool:

@@ -59,7 +59,7 @@ def test_what_is_ignored_and_what_makes_the_logits_stays() -> None:
     after, result = apply(program, Quip(rescale=False, ignore=["*.mlp.*"]))
     reasons = {skip.node: skip.reason for skip in result.skips}
     assert reasons["lm_head.weight"] == "it makes the logits"
-    assert reasons[UP] == "it is kept by the recipe"
+    assert reasons[UP] == "its input is kept by the recipe"
     assert torch.equal(after.weights.materialize(UP), program.weights.materialize(UP))
 
 
