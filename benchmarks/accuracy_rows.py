@@ -1,0 +1,98 @@
+"""The rows of the accuracy table: what each method is, and the format that it has in each setting.
+
+A method takes its place in the table by one line of `ROWS`::
+
+    "gptq": weights(SYMMETRIC, method="gptq", scale_search="mse", options={"act_order": True}),
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+FORMAT: Final = "{format}"
+"""Stands for the name of the row's format in options of steps."""
+
+Step = Mapping[str, Mapping[str, Any]]
+
+SETTINGS: Final[Mapping[str, str]] = {
+    "w4": "4 bit, one scale per row",
+    "w4-g64": "4 bit, groups of 64",
+    "w3-g64": "3 bit, groups of 64",
+    "w2-g64": "2 bit, groups of 64",
+}
+"""The parts of the table, and what they mean for methods with integer codes."""
+
+SYMMETRIC: Final = {"w4": "int4", "w4-g64": "int4-g64", "w3-g64": "int3-g64", "w2-g64": "int2-g64"}
+ASYMMETRIC: Final = {setting: f"{format}-asym" for setting, format in SYMMETRIC.items()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in the table.
+
+    Attributes:
+        formats: The format of linears in each setting that the row takes part in.
+        steps: Those of its recipe; the embedding and lm_head stay float.
+    """
+
+    formats: Mapping[str, str]
+    steps: tuple[Step, ...]
+
+    def recipe(self, setting: str) -> dict[str, Any]:
+        """The recipe of the row in a setting."""
+        filled = [_fill(step, self.formats[setting]) for step in self.steps]
+        return {"name": "accuracy", "steps": filled}
+
+
+def weights(
+    formats: Mapping[str, str],
+    *,
+    before: tuple[Step, ...] = (),
+    after: tuple[Step, ...] = (),
+    **options: Any,
+) -> Row:
+    """A row whose recipe is a step `quantize_weights`.
+
+    Args:
+        formats: Format by setting.
+        before: Steps in front of it; `FORMAT` in their options is the row's format.
+        after: Steps behind it.
+        **options: Of `quantize_weights`.
+    """
+    step = {"format": FORMAT, "embedding": "float", "lm_head": "float", **options}
+    return Row(formats, (*before, {"quantize_weights": step}, *after))
+
+
+def _fill(value: Any, format: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _fill(item, format) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_fill(item, format) for item in value]
+    return format if value == FORMAT else value
+
+
+_GPTQ: Final[dict[str, Any]] = {
+    "method": "gptq",
+    "scale_search": "mse",
+    "options": {"act_order": True},
+}
+
+ROWS: Final[Mapping[str, Row]] = {
+    "rtn": weights(SYMMETRIC),
+    "rtn-asym": weights(ASYMMETRIC),
+    "rtn-mse": weights(SYMMETRIC, scale_search="mse"),
+    "rtn-mse-asym": weights(ASYMMETRIC, scale_search="mse"),
+    "hqq": weights(ASYMMETRIC, method="hqq"),
+    "gptq": weights(SYMMETRIC, **_GPTQ),
+    "gptq-asym": weights(ASYMMETRIC, **_GPTQ),
+    "gptq-plain": weights(SYMMETRIC, method="gptq", options={"weigh_scales": False}),
+    "magr": weights(SYMMETRIC, **{**_GPTQ, "method": "magr"}),
+    "nf4": weights({"w4": "nf4", "w4-g64": "nf4-g64"}),
+    "nf4-dq": weights({"w4-g64": "nf4-g64-dq"}),
+    "nf4-gptq": weights({"w4": "nf4", "w4-g64": "nf4-g64"}, **_GPTQ),
+    "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
+    "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
+}
+"""Every row by name. What a paper compares is in one setting; bits are counted in each row."""
