@@ -187,6 +187,21 @@ def _kv_append(b: Builder, past: ir.Value, new: ir.Value) -> ir.Value:
 
 @DIALECT.register(qc.dynamic_scale.default)
 def _dynamic_scale(b: Builder, x: ir.Value, bits: int, group_size: int) -> ir.Value:
+    return covering_scale(b, x, 2 ** (bits - 1) - 1, group_size)
+
+
+def covering_scale(b: Builder, x: ir.Value, largest: float, group_size: int) -> ir.Value:
+    """The scale of each group that lets its largest magnitude become a level.
+
+    Args:
+        b: Where nodes go.
+        x: ``[..., K]``.
+        largest: The level.
+        group_size: Elements per scale; 0 is one group.
+
+    Returns:
+        ``[..., groups]`` in the type of the present result; 1 where all is 0.
+    """
     size = _last(b, x)
     magnitude = b.op("Abs", b.cast(x, b.dtype))
     if group_size == 0:
@@ -198,7 +213,7 @@ def _dynamic_scale(b: Builder, x: ir.Value, bits: int, group_size: int) -> ir.Va
         leading = b.op("Shape", x, end=-1)
         target = b.op("Concat", leading, [groups, group_size], axis=0)
         peak = b.op("ReduceMax", b.op("Reshape", magnitude, target), [-1], keepdims=0)
-    scale = b.op("Div", peak, float(2 ** (bits - 1) - 1))
+    scale = b.op("Div", peak, float(largest))
     return b.op("Where", b.op("Equal", scale, 0.0), b.constant(1.0, b.dtype), scale)
 
 

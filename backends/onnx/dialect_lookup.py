@@ -30,8 +30,10 @@ def look_up(b: Builder, codes: ir.Value, levels: str) -> ir.Value:
 
     Args:
         b: Where nodes go.
-        codes: Of any shape and integer type.
+        codes: Of any shape and integer type, or elements that are levels themselves.
         levels: Name or numbers of a table; see `qcompile.kernels.lookup.levels`.
     """
+    if codes.dtype is not None and codes.dtype.is_floating_point():
+        return b.cast(codes, b.dtype)
     table = b.constant(table_of(levels), b.dtype)
     return b.op("Gather", table, b.cast(codes, ir.DataType.INT32), axis=0)

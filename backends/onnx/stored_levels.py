@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.dialect import spread_groups
+from qcompile.backends.onnx.dialect_float8 import FLOAT8_TYPES
 from qcompile.backends.onnx.dialect_lookup import look_up
 from qcompile.backends.onnx.stored import pack_nibbles, pack_rows, row_bytes, row_width, unpack_rows
 from qcompile.backends.onnx.values import Packed
@@ -25,7 +26,6 @@ from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.lookup.levels import code_bits, levels
 
 _FLOAT = ir.DataType.FLOAT
-_FLOAT8 = {"e4m3": ir.DataType.FLOAT8E4M3FN, "e5m2": ir.DataType.FLOAT8E5M2}
 _POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -46,8 +46,8 @@ class Elements:
 
 def elements_of(table: str) -> Elements | None:
     """The elements for a table, or None where it has to be looked up."""
-    if table in _FLOAT8:
-        return Elements(_FLOAT8[table])
+    if table in FLOAT8_TYPES:
+        return Elements(FLOAT8_TYPES[table])
     numbers = levels(table)
     for power in _POWERS:
         scaled = [number * power for number in numbers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,3 +64,25 @@ def spread_groups(per_group: Tensor, size: int, group_size: int) -> Tensor:
         )
     repeated = per_group.unsqueeze(-1).expand(*per_group.shape, group_size)
     return repeated.flatten(-2)[..., :size]
+
+
+def covering_scale(x: Tensor, largest: float, group_size: int) -> Tensor:
+    """The scale of each group that lets its largest magnitude become a given level.
+
+    Args:
+        x: Values [..., K], any float dtype.
+        largest: The level.
+        group_size: Elements per group along K; 0 means one group.
+
+    Returns:
+        max|x| / largest of each group, [..., G], float32 (float64 for float64 input); 1 where that
+        is 0. Not finite where the group is not.
+    """
+    peak = split_groups(at_least_float32(x), group_size).abs().amax(dim=-1)
+    scale = peak / largest
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The same values, float32 where they are narrower."""
+    return x if x.dtype == torch.float64 else x.to(torch.float32)

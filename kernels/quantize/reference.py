@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from qcompile.kernels.quantize.groups import split_groups, spread_groups
+from qcompile.kernels.quantize.groups import at_least_float32, covering_scale, spread_groups
 
 # `torch.library.infer_schema` evaluates these annotations on every supported Python, so this
 # module keeps them eager and spells the optional operand as `Optional`.
@@ -27,9 +27,7 @@ def dynamic_scale(x: Tensor, bits: int, group_size: int) -> Tensor:
         max|x| / (2^(bits-1) - 1) of each group, [..., G], float32 (float64 for float64 input);
         1 where that is 0. Not finite where the group is not.
     """
-    peak = split_groups(_at_least_float32(x), group_size).abs().amax(dim=-1)
-    scale = peak / _largest_code(bits)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return covering_scale(x, _largest_code(bits), group_size)
 
 
 def quantize(
@@ -55,7 +53,7 @@ def quantize(
         that is not a number gets the code of 0.
     """
     size = x.shape[-1]
-    ratio = _at_least_float32(x) / spread_groups(_at_least_float32(scale), size, group_size)
+    ratio = at_least_float32(x) / spread_groups(at_least_float32(scale), size, group_size)
     steps = torch.nan_to_num(torch.round(ratio), nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     if zero_point is None:
         largest = _largest_code(bits)
@@ -68,7 +66,3 @@ def _largest_code(bits: int) -> int:
     if not 2 <= bits <= 8:
         raise ValueError(f"symmetric codes have 2 to 8 bits, not {bits}")
     return int(2 ** (bits - 1) - 1)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.float32)

@@ -22,11 +22,16 @@ from qcompile.kernels.gated_act.reference import ACTIVATIONS as ACTIVATIONS
 from qcompile.kernels.gated_act.reference import act as _act
 from qcompile.kernels.gated_act.reference import gated_act as _gated_act
 from qcompile.kernels.kv_append.reference import kv_append as _kv_append
+from qcompile.kernels.kv_append.reference import kv_decode as _kv_decode
+from qcompile.kernels.kv_append.reference import kv_encode as _kv_encode
+from qcompile.kernels.kv_append.rows import row_bytes
 from qcompile.kernels.layer_norm.reference import layer_norm as _layer_norm
 from qcompile.kernels.lookup.reference import lookup as _lookup
 from qcompile.kernels.quantize.groups import group_count
 from qcompile.kernels.quantize.reference import dynamic_scale as _dynamic_scale
 from qcompile.kernels.quantize.reference import quantize as _quantize
+from qcompile.kernels.quantize_float8.reference import float8_scale as _float8_scale
+from qcompile.kernels.quantize_float8.reference import quantize_float8 as _quantize_float8
 from qcompile.kernels.rms_norm.reference import rms_norm as _rms_norm
 from qcompile.kernels.rope.reference import rope as _rope
 from qcompile.kernels.transform.reference import transform as _transform
@@ -121,13 +126,24 @@ def _like_first(x: Tensor, *rest: object, **named: object) -> Tensor:
     return torch.empty_like(x)
 
 
-def _append_shape(past: Tensor, new: Tensor) -> Tensor:
+def _append_shape(past: Tensor, new: Tensor, format: str = "float", group_size: int = 0) -> Tensor:
+    del format, group_size
     batch, heads, length, width = past.shape
     return past.new_empty((batch, heads, length + new.shape[2], width))
 
 
-def _scale_shape(x: Tensor, bits: int, group_size: int) -> Tensor:
-    del bits
+def _rows_shape(x: Tensor, format: str, group_size: int) -> Tensor:
+    width = row_bytes(x.shape[-1], format, group_size)
+    return torch.empty((*x.shape[:-1], width), dtype=torch.uint8, device=x.device)
+
+
+def _row_values_shape(rows: Tensor, format: str, group_size: int, width: int) -> Tensor:
+    del format, group_size
+    return torch.empty((*rows.shape[:-1], width), dtype=torch.float32, device=rows.device)
+
+
+def _scale_shape(x: Tensor, codes: int | str, group_size: int) -> Tensor:
+    del codes
     groups = group_count(x.shape[-1], group_size)
     return torch.empty((*x.shape[:-1], groups), dtype=_wide(x), device=x.device)
 
@@ -137,6 +153,11 @@ def _codes_shape(
 ) -> Tensor:
     del scale, bits, group_size
     return torch.empty_like(x, dtype=torch.int8 if zero_point is None else torch.uint8)
+
+
+def _float8_shape(x: Tensor, scale: Tensor, levels: str, group_size: int) -> Tensor:
+    del scale, levels, group_size
+    return torch.empty_like(x, dtype=torch.uint8)
 
 
 def _values_shape(codes: Tensor, scale: Tensor, *rest: object) -> Tensor:
@@ -161,8 +182,12 @@ act = define(_act, shape=_like_first)
 gated_act = define(_gated_act, shape=_like_first)
 experts = define(_experts, shape=_like_first)
 kv_append = define(_kv_append, shape=_append_shape)
+kv_encode = define(_kv_encode, shape=_rows_shape)
+kv_decode = define(_kv_decode, shape=_row_values_shape)
 dynamic_scale = define(_dynamic_scale, shape=_scale_shape)
 quantize = define(_quantize, shape=_codes_shape)
 dequantize = define(_dequantize, shape=_values_shape)
+float8_scale = define(_float8_scale, shape=_scale_shape)
+quantize_float8 = define(_quantize_float8, shape=_float8_shape)
 lookup = define(_lookup, shape=_looked_up_shape)
 transform = define(_transform, shape=_like_first)

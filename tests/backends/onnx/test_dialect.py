@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qcompile.backends.onnx.emitter import OnnxEmitter
+from qcompile.errors import TargetError
+from qcompile.frontends.torch_export import capture_module
 from qcompile.ir import dialect
 from qcompile.kernels.gated_act.reference import ACTIVATIONS
 
@@ -101,6 +104,11 @@ def _dequantize(groups: int, function: Callable[..., Tensor]) -> Callable[..., T
     return checked
 
 
+def _through_float8(x: Tensor, table: str, group_size: int) -> Tensor:
+    scale = qc.float8_scale(x, table, group_size)
+    return qc.lookup(qc.quantize_float8(x, scale, table, group_size), scale, table, group_size)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
     plain = {"mask": None, "key_mask": None, "sinks": None, "scale": 0.3, "causal": False}
     return qc.attention(q, k, v, **{**plain, "window": 0, "softcap": 0.0, **how})
@@ -166,6 +174,14 @@ CASES: dict[str, tuple[Callable[..., Any], Inputs]] = {
         ),
         activations,
     ),
+    **{
+        f"{table}_round_trip_{size}": (
+            (lambda t, g: lambda x: _through_float8(x, t, g))(table, size),
+            activations,
+        )
+        for table in ("e4m3", "e5m2")
+        for size in (0, 16)
+    },
     "dequantize": (_dequantize(3, lambda c, s, z: qc.dequantize(c, s, z, 4, 16)), codes),
     "dequantize_symmetric": (
         _dequantize(3, lambda c, s, z: qc.dequantize(c, s, None, 4, 16)),
@@ -204,3 +220,13 @@ class QuantizedLinear(nn.Module):
 
 def test_linear_over_codes_equals_torch(onnx: Any) -> None:
     onnx.check(QuantizedLinear(), activations, atol=1e-5)
+
+
+def test_codes_of_8_bit_floats_that_leave_the_model_are_refused() -> None:
+    class Codes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return qc.quantize_float8(x, qc.float8_scale(x, "e4m3", 0), "e4m3", 0)
+
+    program = capture_module(Codes(), *activations(2))
+    with pytest.raises(TargetError, match="codes of 8-bit floats that are not only decoded"):
+        OnnxEmitter().emit(program)
