@@ -105,6 +105,7 @@ class Stream:
         self._computed = {n for n in program.graph.nodes if n.op == "placeholder"}
         self._overrides: dict[str, Callable[[], Tensor]] = {}
         self._skipped: list[tuple[_Part, dict[str, Callable[[], Tensor]]]] = []
+        self._held: tuple[fx.Node, ...] = ()
         self._prepared: _Prepared | None = None
         self._key = _digest(data.fingerprint(), repr(sorted(plan.key().items())))
         self._store = ActivationStore(memory_limit, work_directory)
@@ -162,6 +163,36 @@ class Stream:
         self._skipped.append((prepared.part, dict(self._overrides)))
         self._advance(prepared, values)
 
+    def reach(
+        self, values: Sequence[fx.Node], *, on_batch: Callable[[], None] | None = None
+    ) -> None:
+        """Computes some values and keeps them, for `value`, until the next ones are reached.
+
+        Args:
+            values: Among the targets.
+            on_batch: Called after each micro-batch.
+        """
+        self._pending.difference_update(self._held)
+        prepared = self._prepare(values, leaving=())
+        self._catch_up()
+        self._run(prepared.part, prepared.constants, (), False, on_batch)
+        self._advance(prepared, ())
+        self._held = tuple(values)
+
+    def piece(self, values: Sequence[fx.Node]) -> Piece:
+        """What there is to compute between where the data stands and some values.
+
+        Args:
+            values: Among the targets.
+        """
+        prepared = self._prepare(values, leaving=values)
+        self._catch_up()
+        return Piece(prepared.part.nodes, prepared.part.reads, prepared.constants)
+
+    def value(self, batch: int, node: fx.Node) -> Any:
+        """A value that was reached, or that the next piece reads; not to be written to."""
+        return self._store.get(batch, node)
+
     def observe(
         self,
         requests: Sequence[Request],
@@ -183,13 +214,17 @@ class Stream:
         """
         values = list(dict.fromkeys(request.value for request in requests))
         prepared = self._prepare(values, leaving=values)
-        for part, overrides in self._skipped:
-            self._run(part, self._constants(part.nodes, overrides), (), False, None)
-        self._skipped.clear()
+        self._catch_up()
         totals = self._run(prepared.part, prepared.constants, requests, stay, on_batch)
         if not stay:
             self._advance(prepared, values)
         return self._results(requests, totals)
+
+    def _catch_up(self) -> None:
+        """Computes what was skipped."""
+        for part, overrides in self._skipped:
+            self._run(part, self._constants(part.nodes, overrides), (), False, None)
+        self._skipped.clear()
 
     def _run(
         self,
@@ -234,15 +269,14 @@ class Stream:
             values: Where to run to.
             leaving: Targets that nobody will ask for after that.
         """
-        if self._prepared is None or self._prepared.values != tuple(values):
+        asked = tuple(values), tuple(leaving)
+        if self._prepared is None or self._prepared.asked != asked:
             self._prepared = None  # its weights may go first
             release_freed_memory()
             part = self._part(values, leaving)
             constants = self._constants(part.nodes, self._overrides)
             contents = [part.text(), *(_digest_value(v) for v in constants.values())]
-            self._prepared = _Prepared(
-                tuple(values), part, constants, _digest(self._key, *contents)
-            )
+            self._prepared = _Prepared(asked, part, constants, _digest(self._key, *contents))
         return self._prepared
 
     def _advance(self, prepared: _Prepared, values: Iterable[fx.Node]) -> None:
@@ -314,16 +348,7 @@ class Stream:
         return {node: env[node] for node in ordered if node in read}
 
     def _compute(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-        try:
-            value = _FASTER.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise DataError(
-                f"node '{node.name}' ({format_target(node.target)}) cannot run on the calibration "
-                f"data: {reason[0]}",
-                remedy="check that the data belongs to the model: its tokenizer, its input shapes",
-            ) from error
+        value = compute_node(node, env)
         hook = self._hooks.get(node)
         return value if hook is None else hook(value)
 
@@ -339,6 +364,43 @@ class Stream:
                 )
             result.collected[request.value.name, type(total), request.channels] = total
         return result
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a program, for those who compute it themselves.
+
+    Attributes:
+        nodes: What is to be computed, in order.
+        reads: Values from before that it needs; they are in the stream.
+        constants: Values that it needs and that depend on weights alone.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+    constants: Mapping[fx.Node, Any]
+
+
+def compute_node(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """The value of a call, with what is fast on long inputs in place of slow references.
+
+    Args:
+        node: The call.
+        env: Values of its operands.
+
+    Raises:
+        DataError: It cannot be called on these values.
+    """
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+    try:
+        return _FASTER.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"node '{node.name}' ({format_target(node.target)}) cannot run on the calibration "
+            f"data: {reason[0]}",
+            remedy="check that the data belongs to the model: its tokenizer, its input shapes",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -372,13 +434,13 @@ class _Prepared:
     """A part that is ready to run, or to be skipped.
 
     Attributes:
-        values: What it was asked to lead to.
+        asked: What it was to lead to, and which targets nobody will ask for after that.
         part: What runs.
         constants: What that reads that depends on weights alone.
         key: A hash of all that decides about its values.
     """
 
-    values: tuple[fx.Node, ...]
+    asked: tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
     part: _Part
     constants: Mapping[fx.Node, Any]
     key: str
