@@ -111,6 +111,7 @@ def count_bits(program: Program) -> BitsReport:
         if (weight := stored_weight(node)) is not None:
             tensors[weight.name] = _quantized(weight)
             parts.update(str(tensor.target) for tensor in weight.tensors.values())
+            parts.update(part.name for part in weight.parts)
         elif node.op == "get_attr":
             spec = program.weights.spec(str(node.target))
             tensors[str(node.target)] = StoredTensor(

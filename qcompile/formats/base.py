@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from qcompile.formats.grid import Grid, ScaleSearch
@@ -42,16 +43,19 @@ class StoredWeight:
         format: What its tensors mean.
         tensors: Name of each tensor, as in `Format.tensors`, to the `get_attr` node that names it.
         value: The node that decodes them.
+        parts: The weights that it is put together from, if it is a split one.
     """
 
     format: Format
     tensors: Mapping[str, fx.Node]
     value: fx.Node
+    parts: tuple[StoredWeight, ...] = ()
 
     @property
     def name(self) -> str:
         """The weight, by its name in the checkpoint."""
-        return str(self.tensors["codes"].target).removesuffix(".codes")
+        tensor, node = next(iter(self.tensors.items()))
+        return str(node.target).removesuffix(f".{tensor}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -139,12 +143,28 @@ class Format(ABC):
         }
         return QuantizedWeight(self, shape, parts)
 
+    def stack(self, matrices: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Matrices [N, K] of this format as one weight [E, N, K], such as those of experts.
+
+        This default fits formats that store each matrix of a stack by itself.
+        """
+        first = matrices[0]
+        tensors = {
+            name: torch.stack([matrix.tensors[name] for matrix in matrices])
+            for name in first.tensors
+        }
+        return QuantizedWeight(self, (len(matrices), *first.shape), tensors)
+
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """`stored_bits` divided by the number of weights."""
         return self.stored_bits(shape) / math.prod(shape)
 
     def __str__(self) -> str:
         return self.name
+
+
+_MATRIX = 2
+"""Axes of a matrix; weights with more are stacks of them."""
 
 
 class ScalarFormat(Format):
@@ -168,5 +188,12 @@ class ScalarFormat(Format):
         Raises:
             ModelError: The weight is not finite, or a scale is too large for its type.
         """
+        if weight.ndim > _MATRIX:
+            return self.stack(
+                [
+                    self.encode(matrix, scale_search=scale_search, name=f"{name}[{i}]")
+                    for i, matrix in enumerate(weight)
+                ]
+            )
         tensors = self.grid.encode(weight, scale_search, name)
         return QuantizedWeight(self, tuple(weight.shape), tensors)

@@ -7,16 +7,19 @@ import re
 
 from qcompile.errors import RecipeError
 from qcompile.formats.base import Format
+from qcompile.formats.dense import DenseFormat
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
 from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
+from qcompile.formats.split import Part, Percent, SplitFormat
 from qcompile.kernels.lookup.levels import levels, spell_levels
 
-_EXAMPLES = "int4-g64, int8, int4-g32-asym, nf4-g64, fp8, mxfp4, ternary-g64"
+_EXAMPLES = "int4-g64, int8, int4-g32-asym, nf4-g64, fp8, mxfp4, ternary-g64, int4+1%fp16"
 _TABLES = ("ternary", "nf4", *ALIASES)
 _FAMILY = re.compile(r"(?P<family>\([^)]*\)|[^-]*)(?:-(?P<options>.*))?", re.DOTALL)
 _INTEGER = re.compile(r"int([0-9]+)")
 _GROUP = re.compile(r"g([0-9]+)")
+_PART = re.compile(r"(?:(?P<percent>[0-9]*\.?[0-9]+)%|(?P<count>[0-9]+)x)(?P<format>.+)", re.DOTALL)
 
 
 def parse_format(text: str) -> Format:
@@ -32,6 +35,10 @@ def parse_format(text: str) -> Format:
     and one float32 per weight) and ``-dq`` (8-bit numbers and one float32 per row). What follows
     the first part may come in any order.
 
+    Columns are divided among formats by ``<base>+<amount><format>``, where the amount is a share
+    such as ``1%`` or a count of blocks of columns such as ``4x``; formats beside the base may also
+    be ``fp16``, ``bf16`` and ``fp32``; see `SplitFormat`.
+
     Args:
         text: Such as ``"int4-g64-asym-bf16"``; upper and lower case are the same.
 
@@ -41,6 +48,8 @@ def parse_format(text: str) -> Format:
     Raises:
         RecipeError: The name means nothing; the message says which part and suggests a remedy.
     """
+    if "+" in text:
+        return _split(text)
     match = _FAMILY.fullmatch(text.strip().lower())
     assert match is not None  # it takes any text
     family = match["family"].replace(" ", "")
@@ -57,6 +66,31 @@ def parse_format(text: str) -> Format:
             )
         return STANDARD_FORMATS[family]
     return _lookup(text, family, options)
+
+
+def _split(text: str) -> SplitFormat:
+    base, *others = text.strip().lower().split("+")
+    return SplitFormat(parse_format(base), tuple(_part(text, other) for other in others))
+
+
+def _part(text: str, part: str) -> Part:
+    match = _PART.fullmatch(part.strip())
+    if match is None:
+        raise _bad_part(text, part)
+    percent, count = match["percent"], match["count"]
+    if float(percent or count) == 0 or (percent and float(percent) >= 100):
+        raise _bad_part(text, part)
+    amount = Percent(float(percent)) if percent else int(count)
+    name = match["format"].strip()
+    dense = SCALE_DTYPES.get(name)
+    return Part(parse_format(name) if dense is None else DenseFormat(dense), amount)
+
+
+def _bad_part(text: str, part: str) -> RecipeError:
+    return RecipeError(
+        f"format '{text}': cannot use '{part}'",
+        remedy="write how much of the columns it has, such as 1%fp16 or 4xint8",
+    )
 
 
 def _lookup(text: str, family: str, options: list[str]) -> LookupFormat:

@@ -7,8 +7,9 @@ from torch import fx
 from qcompile.formats.base import Format, StoredWeight
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import LookupFormat
+from qcompile.formats.split import SplitFormat
 
-_FAMILIES: tuple[type[Format], ...] = (IntegerFormat, LookupFormat)
+_FAMILIES: tuple[type[Format], ...] = (IntegerFormat, LookupFormat, SplitFormat)
 
 
 def stored_weight(node: object) -> StoredWeight | None:

@@ -1,0 +1,175 @@
+"""Split formats: columns that are stored in different ways, counted and found again."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qcompile as qc
+from qcompile.errors import ModelError, RecipeError
+from qcompile.formats import SplitFormat, parse_format, stored_weight
+from qcompile.formats.split import side_by_side
+from qcompile.passes.infra import Context
+from qcompile.passes.lower.split_linears import SplitLinears, regroup_input
+from qcompile.passes.quantize.bits import count_bits
+from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+
+aten = torch.ops.aten
+
+NAMES = (
+    "int3-g16-asym+5%fp16",
+    "int4+3xbf16",
+    "int2-g16+2xint1-g16+2xint3-g16",
+    "int2-g16-asym+10%int4-g16+4xnf4-g16-bf16",
+    "nf4-g32+8%fp32",
+)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_reads_back_as_an_equal_format(name):
+    format = parse_format(name)
+    assert isinstance(format, SplitFormat)
+    assert str(format) == name
+    assert parse_format(str(format)) == format
+
+
+@pytest.mark.parametrize(
+    "name", ["int4+fp16", "int4+0%fp16", "int4+100%fp16", "int4+0xfp16", "int4+1%", "int4+1%x9"]
+)
+def test_part_that_means_nothing_is_named(name):
+    with pytest.raises(RecipeError, match="format"):
+        parse_format(name)
+
+
+def test_sixteen_bits_alone_are_no_format():
+    with pytest.raises(RecipeError, match="unknown format 'fp16'"):
+        parse_format("fp16")
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(NAMES), columns=st.integers(81, 200), seed=st.integers(0, 99))
+def test_encode_gives_the_tensors_that_the_format_declares(name, columns, seed):
+    format = parse_format(name)
+    quantized = format.encode(normal(3, columns, seed=seed))
+    assert {name: (tuple(t.shape), t.dtype) for name, t in quantized.tensors.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in format.tensors((3, columns)).items()
+    }
+    assert sum(format.widths(columns)) == columns
+    places = quantized.tensors["places"]
+    assert sorted(places.tolist()) == list(range(columns))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_column_is_what_its_own_format_makes_of_it(name):
+    format, weight = parse_format(name), normal(4, 100)
+    quantized = format.encode(weight)
+    decoded = format.decode(quantized)
+    columns = torch.argsort(quantized.tensors["places"])
+    for part, chosen in zip(
+        format.take_apart(quantized), columns.split(format.widths(100)), strict=True
+    ):
+        alone = part.format.encode(weight[:, chosen])
+        assert torch.equal(decoded[:, chosen], part.format.decode(alone))
+    half = format.rows(quantized, 1, 3)
+    assert torch.equal(format.decode(half), decoded[1:3])
+
+
+def test_columns_of_the_largest_weights_stay_floats():
+    weight = normal(8, 64)
+    weight[:, [5, 40]] *= 50
+    format = parse_format("int4+2xfp16")
+    quantized = format.encode(weight)
+    assert torch.argsort(quantized.tensors["places"])[-2:].tolist() == [5, 40]
+    rest = [column for column in range(64) if column not in (5, 40)]
+    # What the plain format makes of the others is mostly 0: its range has to reach the outliers.
+    for kind, most in ((format, 0.2), (parse_format("int4"), 1.1)):
+        errors = (kind.decode(kind.encode(weight)) - weight)[:, rest]
+        assert most / 2 < errors.norm() / weight[:, rest].norm() < most
+
+
+def test_more_bits_go_to_higher_scores_in_whole_groups():
+    scores = torch.arange(70.0)
+    scores[:16] = 100
+    base, low, high = parse_format("int2-g16+1xint1-g16+1xint3-g16").divide(scores)
+    assert high.tolist() == list(range(16))
+    assert low.tolist() == list(range(16, 32))
+    assert base.tolist() == list(range(32, 70))
+
+
+def test_bits_are_those_of_the_parts_and_an_index_per_column():
+    bits = parse_format("int3-g16-asym+4xfp16").bits_by_part((10, 68))
+    assert bits == {
+        "codes": 10 * 64 * 3 + 10 * 4 * 16,
+        "scale": 10 * 4 * 16,
+        "zero_point": 10 * 4 * 3,
+        "places": 68 * 16,
+    }
+
+
+def test_parts_that_take_everything_are_refused():
+    with pytest.raises(RecipeError, match="leaves no column of 32 for int4"):
+        parse_format("int4+32xfp16").tensors((8, 32))
+
+
+def test_outlier_beyond_float16_is_refused_by_name():
+    weight = normal(2, 16)
+    weight[0, 3] = 1e6
+    with pytest.raises(ModelError, match="'w' has values too large for fp16"):
+        parse_format("int4+1xfp16").encode(weight, name="w")
+    format = parse_format("int4+1xbf16")
+    assert format.decode(format.encode(weight))[0, 3] == pytest.approx(1e6, rel=2**-8)
+
+
+def quantized_program(name, bias=True):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 24, bias=bias))
+    program = qc.capture(model, normal(5, 96))
+    QuantizeWeights(name).run(program, Context())
+    return program
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_is_one_in_the_program(name):
+    program = quantized_program(name)
+    (linear,) = program.calls(aten.linear.default)
+    stored = stored_weight(linear.args[1])
+    assert (stored.name, stored.shape) == ("0.weight", (24, 96))
+    assert stored.format.widths(96) == parse_format(name).widths(96)
+    counted = [tensor for tensor in count_bits(program).tensors if tensor.quantized]
+    assert [tensor.name for tensor in counted] == ["0.weight"]
+    assert counted[0].bits == parse_format(name).stored_bits((24, 96))
+    assert [t.name for t in count_bits(program).tensors if not t.quantized] == ["0.bias"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_layer_is_the_sum_of_its_parts(name, bias):
+    program, x = quantized_program(name, bias), normal(5, 96, seed=1)
+    before = program(x)
+    result = SplitLinears().run(program, Context())
+    program.verify()
+    assert result.rewrites == 1
+    # Sums of 96 products in another order.
+    torch.testing.assert_close(program(x), before, rtol=1e-5, atol=1e-5)
+    parts = len(parse_format(name).formats)
+    assert len(list(program.calls(aten.linear.default))) == parts
+    assert not list(program.calls(aten.cat.default))
+
+
+def test_regrouped_input_is_the_same_and_read_by_parts():
+    from qcompile.ir.edit import Editor
+
+    program, x = quantized_program("int4+3xfp16"), normal(5, 96, seed=1)
+    before = program(x)
+    (linear,) = program.calls(aten.linear.default)
+    parts = regroup_input(Editor(program), linear)
+    assert torch.equal(program(x), before)
+    assert regroup_input(Editor(program), linear) == parts
+    assert side_by_side(linear.args[0])[0] == parts
+    SplitLinears().run(program, Context())
+    assert len(list(program.calls(aten.index_select.default))) == 2
+    torch.testing.assert_close(program(x), before, rtol=1e-5, atol=1e-5)
