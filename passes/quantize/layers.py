@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import fx
 
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.ir.text import format_target
 from qcompile.ir.types import Role
@@ -24,6 +25,9 @@ _SAME_VALUES = frozenset(
 )
 """Operators that keep token ids what they are: they move or cast them."""
 
+_UP, _DOWN = 3, 5
+"""Where the matrices stand among the arguments of `qc.experts`."""
+
 _NOT_TOKENS = frozenset({Role.POSITION_IDS, Role.TOKEN_TYPE_IDS, Role.ATTENTION_MASK})
 
 
@@ -37,11 +41,13 @@ class Part(Enum):
     """The table that an input of the program indexes."""
     OTHER_EMBEDDING = "other embedding"
     """A table of positions or token types."""
+    EXPERTS = "experts"
+    """The stacked matrices of routed experts, [E, N, K]."""
 
 
 @dataclass
 class LayerWeight:
-    """A stored float weight that only linears and embeddings use.
+    """A stored float weight that only linears, embeddings and routed experts use.
 
     Attributes:
         name: Its entry in the weight store.
@@ -81,7 +87,7 @@ def layer_weights(program: Program) -> tuple[list[LayerWeight], dict[str, str]]:
         for user in reference.users:
             part = _part(reference, user, head, roles)
             if part is None:
-                excluded.setdefault(name, f"used by {format_target(user.target)}")
+                excluded.setdefault(name, _reason(user))
             else:
                 weight.parts.add(part)
     return [weight for name, weight in found.items() if name not in excluded], excluded
@@ -104,6 +110,8 @@ def _part(
 ) -> Part | None:
     if user.target == LINEAR and user.args[1] is reference and user.args[0] is not reference:
         return Part.LM_HEAD if user is head else Part.LINEAR
+    if user.target == dialect.experts and reference in (user.args[_UP], user.args[_DOWN]):
+        return Part.EXPERTS
     if user.target == EMBEDDING and user.args[0] is reference:
         indices = user.args[1]
         assert isinstance(indices, fx.Node)
@@ -112,6 +120,12 @@ def _part(
         tokens = origin in roles and roles[origin] not in _NOT_TOKENS
         return Part.TOKEN_EMBEDDING if tokens else Part.OTHER_EMBEDDING
     return None
+
+
+def _reason(user: fx.Node) -> str:
+    if user.target == dialect.experts:
+        return "biases of experts stay float"
+    return f"used by {format_target(user.target)}"
 
 
 def _chain(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,4 +1,4 @@
-"""Weights of linears and embeddings become codes."""
+"""Weights of linears, embeddings and routed experts become codes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qcompile.passes.quantize.layers import LayerWeight, Part, layer_weights
 from qcompile.passes.quantize.methods import Outcome, Rtn, Task, make_method
 from qcompile.passes.quantize.policy import FormatPolicy, Override
 from qcompile.passes.quantize.replace_weight import replace_weight
+from qcompile.passes.quantize.stacked import quantize_stacked
 
 _Chosen = tuple[LayerWeight, Format]
 _Made = tuple[LayerWeight, QuantizedWeight, dict[str, object]]
@@ -136,7 +137,8 @@ class QuantizeWeights(Pass):
         context.progress.stage("quantize weights", len(chosen))
         for weight, format in chosen:
             float_weight = program.weights.materialize(weight.name)
-            outcome = method.quantize(Task(weight.name, float_weight, format, self._scale_search))
+            task = Task(weight.name, float_weight, format, self._scale_search)
+            outcome = quantize_stacked(method, task)
             context.progress.advance(1, weight.name)
             error = relative_error(float_weight, outcome.weight)
             yield weight, outcome.weight, _record(weight, name, outcome, error)

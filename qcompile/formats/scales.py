@@ -128,7 +128,8 @@ class FloatScale(ScaleStorage):
 class CodedScale(ScaleStorage):
     """Scales as 8-bit codes of a table of positive numbers, perhaps times outer scales.
 
-    Tensors: ``scale`` [..., G] uint8, and ``outer_scale`` float32, [1, ..., 1] or [..., 1].
+    Tensors: ``scale`` [..., G] uint8, and ``outer_scale`` float32: [..., 1], one per row, or
+    [..., 1, 1], one per matrix.
 
     Attributes:
         levels: Name of the table; see `qcompile.kernels.lookup.levels`.
@@ -154,7 +155,7 @@ class CodedScale(ScaleStorage):
         if self.outer_scales == "row":
             specs["outer_scale"] = TensorSpec((*shape[:-1], 1), torch.float32)
         elif self.outer_scales == "weight":
-            specs["outer_scale"] = TensorSpec((1,) * len(shape), torch.float32)
+            specs["outer_scale"] = TensorSpec((*shape[:-2], 1, 1)[-len(shape) :], torch.float32)
         return specs
 
     def outer(self, ideal: Tensor) -> Tensor | None:

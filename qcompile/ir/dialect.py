@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from qcompile.kernels.attention.reference import attention as _attention
 from qcompile.kernels.dequantize.reference import dequantize as _dequantize
+from qcompile.kernels.experts.reference import expert_hidden as _expert_hidden
+from qcompile.kernels.experts.reference import expert_output as _expert_output
 from qcompile.kernels.experts.reference import experts as _experts
 from qcompile.kernels.gated_act.reference import ACTIVATIONS as ACTIVATIONS
 from qcompile.kernels.gated_act.reference import act as _act
@@ -27,6 +29,8 @@ from qcompile.kernels.kv_append.reference import kv_encode as _kv_encode
 from qcompile.kernels.kv_append.rows import row_bytes
 from qcompile.kernels.layer_norm.reference import layer_norm as _layer_norm
 from qcompile.kernels.lookup.reference import lookup as _lookup
+from qcompile.kernels.lookup_vectors.codebooks import codebook as _codebook
+from qcompile.kernels.lookup_vectors.reference import lookup_vectors as _lookup_vectors
 from qcompile.kernels.quantize.groups import group_count
 from qcompile.kernels.quantize.reference import dynamic_scale as _dynamic_scale
 from qcompile.kernels.quantize.reference import quantize as _quantize
@@ -126,6 +130,26 @@ def _like_first(x: Tensor, *rest: object, **named: object) -> Tensor:
     return torch.empty_like(x)
 
 
+def _expert_hidden_shape(
+    x: Tensor,
+    index: Tensor,
+    up: Tensor,
+    up_bias: Tensor | None,
+    kind: str,
+    gated: bool,
+    *rest: object,
+) -> Tensor:
+    del up_bias, kind, rest
+    return x.new_empty((*index.shape, up.shape[1] // 2 if gated else up.shape[1]))
+
+
+def _expert_output_shape(
+    hidden: Tensor, index: Tensor, weight: Tensor, down: Tensor, down_bias: Tensor | None
+) -> Tensor:
+    del weight, down_bias
+    return hidden.new_empty((index.shape[0], down.shape[1]))
+
+
 def _append_shape(past: Tensor, new: Tensor, format: str = "float", group_size: int = 0) -> Tensor:
     del format, group_size
     batch, heads, length, width = past.shape
@@ -170,6 +194,12 @@ def _looked_up_shape(codes: Tensor, scale: Tensor | None, *rest: object) -> Tens
     return torch.empty_like(codes, dtype=torch.float32 if scale is None else _wide(scale))
 
 
+def _vectors_shape(codes: Tensor, scale: Tensor, codebook: str, *rest: object) -> Tensor:
+    del rest
+    size = codes.shape[-1] * len(_codebook(codebook)[0])
+    return torch.empty((*codes.shape[:-1], size), dtype=_wide(scale), device=codes.device)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -181,6 +211,8 @@ attention = define(_attention, shape=_attention_shape)
 act = define(_act, shape=_like_first)
 gated_act = define(_gated_act, shape=_like_first)
 experts = define(_experts, shape=_like_first)
+expert_hidden = define(_expert_hidden, shape=_expert_hidden_shape)
+expert_output = define(_expert_output, shape=_expert_output_shape)
 kv_append = define(_kv_append, shape=_append_shape)
 kv_encode = define(_kv_encode, shape=_rows_shape)
 kv_decode = define(_kv_decode, shape=_row_values_shape)
@@ -190,4 +222,5 @@ dequantize = define(_dequantize, shape=_values_shape)
 float8_scale = define(_float8_scale, shape=_scale_shape)
 quantize_float8 = define(_quantize_float8, shape=_float8_shape)
 lookup = define(_lookup, shape=_looked_up_shape)
+lookup_vectors = define(_lookup_vectors, shape=_vectors_shape)
 transform = define(_transform, shape=_like_first)
