@@ -1,0 +1,1 @@
+"""Codes to vectors of a codebook: `lookup_vectors`."""
