@@ -238,11 +238,11 @@ class _Work:
 
     def _recall(self, job: Job, key: str, weight: Tensor) -> Finished | None:
         entry = None if self._journal is None else self._journal.get(key)
-        return None if entry is None else _unpack(job, tuple(weight.shape), entry)
+        return None if entry is None else unpack(job, tuple(weight.shape), entry)
 
     def _remember(self, key: str, finished: Finished) -> None:
         if self._journal is not None:
-            self._journal.put(key, _pack(finished))
+            self._journal.put(key, pack(finished))
 
 
 def _quantize(job: Job, weight: Tensor, inputs: Inputs) -> Finished:
@@ -259,8 +259,8 @@ def _key(*parts: str) -> str:
 _TENSOR = "tensor."
 
 
-def _pack(finished: Finished) -> dict[str, Tensor]:
-    """A finished weight as a journal's entry."""
+def pack(finished: Finished) -> dict[str, Tensor]:
+    """A finished weight as a journal's entry; see `unpack`."""
     outcome = finished.outcome
     facts = json.dumps(
         {
@@ -273,7 +273,14 @@ def _pack(finished: Finished) -> dict[str, Tensor]:
     return entry | {"facts": torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)}
 
 
-def _unpack(job: Job, shape: tuple[int, ...], entry: Mapping[str, Tensor]) -> Finished:
+def unpack(job: Job, shape: tuple[int, ...], entry: Mapping[str, Tensor]) -> Finished:
+    """The finished weight of a journal's entry.
+
+    Args:
+        job: What was to be done.
+        shape: Of the weight.
+        entry: What `pack` made of it.
+    """
     facts = json.loads(bytes(entry["facts"].tolist()))
     tensors = {k.removeprefix(_TENSOR): t for k, t in entry.items() if k.startswith(_TENSOR)}
     weight = QuantizedWeight(job.format, shape, tensors)
