@@ -14,12 +14,13 @@ from qcompile.passes.quantize.methods.base import Method, Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hqq import Hqq
 from qcompile.passes.quantize.methods.magr import Magr
+from qcompile.passes.quantize.methods.owq import Owq
 from qcompile.passes.quantize.methods.rtn import Rtn
 
 __all__ = ["METHODS", "Method", "Outcome", "Rtn", "Task", "make_method", "method_options"]
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "magr": Magr}
+    {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "magr": Magr, "owq": Owq}
 )
 """Every method by the name that recipes use."""
 

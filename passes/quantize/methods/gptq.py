@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from qcompile.calibration.statistics import Hessian, Statistic
 from qcompile.formats import QuantizedWeight
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
@@ -47,10 +45,5 @@ class Gptq(Method):
             grid, task.weight, task.scale_search, task.name, importance=importance, static=static
         )
         sweep(task.weight, found, rounder, block=BLOCK if static else grid.group_size)
-        return Outcome(stored(task, rounder.codes, rounder), found.notes)
-
-
-def stored(task: Task, codes: Tensor, rounder: GridRounder) -> QuantizedWeight:
-    """The tensors of the codes and parameters that a sweep has chosen."""
-    tensors = task.grid.store(codes.contiguous(), rounder.parameters)
-    return QuantizedWeight(task.format, tuple(task.weight.shape), tensors)
+        weight = QuantizedWeight(task.format, tuple(task.weight.shape), rounder.tensors())
+        return Outcome(weight, found.notes)

@@ -49,8 +49,14 @@ class Inputs:
         """Second moment of each input, float32 [K]: what an error of its column costs."""
         return self.hessian.matrix.diagonal().to(torch.float32)
 
-    def feedback(self, *, damping: float, descending: bool, name: str) -> Feedback:
-        """See the function of this name."""
+    def feedback(
+        self, *, damping: float, descending: bool, name: str, order: Tensor | None = None
+    ) -> Feedback:
+        """See the function of this name; an order of one's own is factorized each time."""
+        if order is not None:
+            return feedback(
+                self.hessian, damping=damping, descending=descending, name=name, order=order
+            )
         with self._lock:
             key = damping, descending
             if key not in self._made:
@@ -75,7 +81,14 @@ class Inputs:
         return energy(weight - decoded) / whole if whole > 0 else 0.0
 
 
-def feedback(hessian: Hessian, *, damping: float, descending: bool, name: str) -> Feedback:
+def feedback(
+    hessian: Hessian,
+    *,
+    damping: float,
+    descending: bool,
+    name: str,
+    order: Tensor | None = None,
+) -> Feedback:
     """Factorizes a damped Hessian, in float64.
 
     Inputs that were always zero get a diagonal of 1: they neither give nor take errors. If the
@@ -86,6 +99,7 @@ def feedback(hessian: Hessian, *, damping: float, descending: bool, name: str) -
         damping: Fraction of the mean diagonal that is added to the diagonal.
         descending: Whether columns are worked on by falling diagonal instead of as they stand.
         name: What messages call the weight.
+        order: The columns in the order in which they are worked on instead, int64 [K].
 
     Raises:
         ModelError: There are no statistics, or they cannot be factorized.
@@ -104,10 +118,10 @@ def feedback(hessian: Hessian, *, damping: float, descending: bool, name: str) -
     if bool(dead.any()):
         notes.append(f"{int(dead.sum())} of {len(dead)} inputs were always zero")
         diagonal[dead] = 1.0
-    order = torch.arange(len(matrix))
-    if descending:
-        order = torch.argsort(diagonal, descending=True, stable=True)
-        matrix = matrix[order][:, order]
+    if order is None:
+        falling = torch.argsort(diagonal, descending=True, stable=True)
+        order = falling if descending else torch.arange(len(matrix))
+    matrix = matrix[order][:, order]
     level = float(diagonal[~dead].mean()) if not bool(dead.all()) else 1.0
     factor, used = _factorize(matrix, level, damping, name)
     if used != damping:

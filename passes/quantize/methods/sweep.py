@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -33,7 +34,9 @@ class Rounder(Protocol):
         """Rounds a column, [N, 1]; returns what will be decoded."""
 
 
-def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = BLOCK) -> Tensor:
+def sweep(
+    weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int | Sequence[int] = BLOCK
+) -> Tensor:
     """Rounds a weight column by column so that the layer's output changes least.
 
     Each column's target is its weight plus what the errors of the columns before it ask for. This
@@ -43,7 +46,7 @@ def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = 
         weight: float32 [N, K].
         feedback: From the Hessian of the inputs; its order is that of the columns.
         rounder: Rounds columns; it is told original column numbers.
-        block: Columns per block; rounding, not results, depends on it.
+        block: Columns per block, or those of each block; rounding, not results, depends on it.
 
     Returns:
         The errors, weight - decoded, float32 [N, K].
@@ -54,8 +57,7 @@ def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = 
     lower = feedback.lower
     exact = weight.T[feedback.order].contiguous()
     errors = torch.empty_like(exact)
-    for start in range(0, len(order), block):
-        stop = min(start + block, len(order))
+    for start, stop in _blocks(len(order), block):
         asked = lower[start:stop, :start] @ errors[:start]
         if rounder.adapts:
             rounder.begin(order[start:stop], exact[start:stop] + _unrounded(lower, asked, start))
@@ -69,6 +71,13 @@ def sweep(weight: Tensor, feedback: Feedback, rounder: Rounder, *, block: int = 
     result = torch.empty_like(weight)
     result[:, feedback.order] = errors.T
     return result
+
+
+def _blocks(columns: int, block: int | Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where blocks start and stop."""
+    sizes = [block] * -(-columns // block) if isinstance(block, int) else block
+    stops = [min(stop, columns) for stop in accumulate(sizes)]
+    return pairwise([0, *stops])
 
 
 def _unrounded(lower: Tensor, asked: Tensor, start: int) -> Tensor:
@@ -142,6 +151,10 @@ class GridRounder:
         codes = self._grid.nearest(target, parameters)
         self.codes[:, column : column + 1] = codes
         return self._grid.decode(codes, parameters)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of `Format.tensors`, when all columns are rounded."""
+        return self._grid.store(self.codes.contiguous(), self.parameters)
 
     def _fit(self, group: int, weights: Tensor) -> None:
         start = group * self._size

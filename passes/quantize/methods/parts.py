@@ -1,0 +1,173 @@
+"""The error-compensating sweep over weights whose columns are divided among formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import RecipeError
+from qcompile.formats import Format, QuantizedWeight, ScalarFormat, SplitFormat
+from qcompile.formats.dense import DenseFormat
+from qcompile.passes.quantize.methods.base import Outcome, Task
+from qcompile.passes.quantize.methods.gptq import Gptq
+from qcompile.passes.quantize.methods.sweep import BLOCK, GridRounder, Rounder, sweep
+
+
+def sweep_parts(
+    task: Task, format: SplitFormat, columns: Sequence[Tensor], options: Gptq
+) -> Outcome:
+    """Rounds the columns of all parts in one sweep, those that stay floats last.
+
+    Codes are chosen in the order of the columns (or as `act_order` says); what their errors ask of
+    later columns the float ones take in the end, nearly without an error of their own.
+
+    Args:
+        task: The weight and its inputs; its format does not count.
+        format: What is stored.
+        columns: Of each part, as `SplitFormat.divide` gives them.
+        options: Of the sweep; `Gptq` itself knows formats without parts only.
+
+    Raises:
+        RecipeError: A part is of a format that does not store one code per weight.
+
+    Source: Lee et al. 2023 (OWQ), section 3; Ashkboos et al. 2023 (QUIK), section 3.
+    """
+    rounders = [
+        _rounder(task, part, chosen, options)
+        for part, chosen in zip(format.formats, columns, strict=True)
+    ]
+    runs = list(_runs(task, format, columns, rounders, options))
+    found = task.seen.feedback(
+        damping=options.damping, descending=False, name=task.name, order=torch.cat(runs)
+    )
+    rounder = PartsRounder(rounders, columns)
+    sweep(task.weight, found, rounder, block=[len(run) for run in runs])
+    parts = [
+        QuantizedWeight(part, (len(task.weight), len(chosen)), rounder.tensors())
+        for part, chosen, rounder in zip(format.formats, columns, rounders, strict=True)
+    ]
+    return Outcome(format.join(parts, columns, tuple(task.weight.shape)), found.notes)
+
+
+def split_format(task: Task, method: str) -> SplitFormat:
+    """The format of a task whose method divides columns.
+
+    Raises:
+        RecipeError: It has no parts.
+    """
+    if not isinstance(task.format, SplitFormat):
+        raise RecipeError(
+            f"method '{method}' divides columns, and '{task.name}' is to be {task.format} "
+            "throughout",
+            remedy=f"say what some columns become, such as {task.format}+1%fp16",
+        )
+    return task.format
+
+
+class PartRounder(Rounder, Protocol):
+    """A rounder of the columns of one part, which it numbers from 0."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of `Format.tensors`, when all columns are rounded."""
+
+
+class PartsRounder:
+    """Rounds each column as the part does that it belongs to; see `Rounder`.
+
+    Args:
+        rounders: One for each part.
+        columns: Of the weight, for each part.
+    """
+
+    def __init__(self, rounders: Sequence[PartRounder], columns: Sequence[Tensor]) -> None:
+        self.adapts = any(rounder.adapts for rounder in rounders)
+        self._owner = {
+            column: (rounder, place)
+            for rounder, chosen in zip(rounders, columns, strict=True)
+            for place, column in enumerate(chosen.tolist())
+        }
+
+    def begin(self, columns: Sequence[int], weights: Tensor) -> None:
+        """Tells the part of a block, all of whose columns are its own."""
+        rounder, _ = self._owner[columns[0]]
+        if rounder.adapts:
+            rounder.begin([self._owner[column][1] for column in columns], weights)
+
+    def round(self, column: int, target: Tensor) -> Tensor:
+        """What the part makes of a column."""
+        rounder, place = self._owner[column]
+        return rounder.round(place, target)
+
+
+class DenseRounder:
+    """Keeps columns as floats; see `Rounder`.
+
+    Args:
+        format: Of the floats.
+        shape: Of the part.
+        name: What messages call the weight.
+    """
+
+    adapts = False
+
+    def __init__(self, format: DenseFormat, shape: tuple[int, int], name: str) -> None:
+        self._format = format
+        self._name = name
+        self._values = torch.empty(shape)
+
+    def begin(self, columns: Sequence[int], weights: Tensor) -> None:
+        """Nothing to choose."""
+
+    def round(self, column: int, target: Tensor) -> Tensor:
+        """The nearest float of the format."""
+        self._values[:, column : column + 1] = target
+        return target.to(self._format.dtype).to(torch.float32)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``values``."""
+        return dict(self._format.encode(self._values, name=self._name).tensors)
+
+
+def _rounder(task: Task, part: Format, columns: Tensor, options: Gptq) -> PartRounder:
+    weight = task.weight[:, columns]
+    if isinstance(part, DenseFormat):
+        return DenseRounder(part, (len(weight), len(columns)), task.name)
+    if not isinstance(part, ScalarFormat):
+        raise RecipeError(
+            f"format {part} of '{task.name}' does not store one code per weight",
+            remedy="use integer, lookup and 16-bit float formats with this method",
+        )
+    return GridRounder(
+        part.grid.bind(weight, task.name),
+        weight,
+        task.scale_search,
+        task.name,
+        importance=task.seen.importance[columns] if options.weigh_scales else None,
+        static=options.static_groups or options.act_order or not part.group_size,
+    )
+
+
+def _runs(
+    task: Task,
+    format: SplitFormat,
+    columns: Sequence[Tensor],
+    rounders: Sequence[PartRounder],
+    options: Gptq,
+) -> Iterator[Tensor]:
+    """Columns in the order in which they are worked on; none of a run is of another part."""
+    coded, dense = [], []
+    for part, chosen, rounder in zip(format.formats, columns, rounders, strict=True):
+        if isinstance(part, DenseFormat):
+            dense += chosen.split(BLOCK)
+        else:
+            coded += chosen.split(part.group_size if rounder.adapts else BLOCK)
+    if options.act_order:
+        falling = torch.cat(coded)
+        moments = task.seen.hessian.matrix.diagonal()[falling]
+        yield from falling[torch.argsort(moments, descending=True, stable=True)].split(BLOCK)
+    else:
+        yield from sorted(coded, key=lambda run: int(run[0]))
+    yield from dense
