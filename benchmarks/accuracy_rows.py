@@ -26,6 +26,7 @@ SETTINGS: Final[Mapping[str, str]] = {
 
 SYMMETRIC: Final = {"w4": "int4", "w4-g64": "int4-g64", "w3-g64": "int3-g64", "w2-g64": "int2-g64"}
 ASYMMETRIC: Final = {setting: f"{format}-asym" for setting, format in SYMMETRIC.items()}
+WEAK_COLUMNS: Final = {setting: f"{format}+0.77%fp16" for setting, format in ASYMMETRIC.items()}
 
 
 @dataclass(frozen=True)
@@ -94,5 +95,6 @@ ROWS: Final[Mapping[str, Row]] = {
     "nf4-gptq": weights({"w4": "nf4", "w4-g64": "nf4-g64"}, **_GPTQ),
     "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
+    "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
 }
 """Every row by name. What a paper compares is in one setting; bits are counted in each row."""
