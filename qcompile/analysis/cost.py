@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir import dialect
+from qcompile.ir.caches import cache_format
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
 
@@ -81,7 +82,7 @@ class CostModel:
             flops += self.flops(node)
             activations = max(activations, self._alive.get(node, 0))
             if node.target is dialect.kv_append:
-                cache += self._bytes(node.meta["val"])
+                cache += self._cache_bytes(node)
         return Cost(flops, activations, cache)
 
     def flops(self, node: fx.Node) -> int:
@@ -120,6 +121,15 @@ class CostModel:
         if isinstance(value, (list, tuple)):
             return sum(map(self._bytes, value))
         return self.elements(value) * value.dtype.itemsize if isinstance(value, Tensor) else 0
+
+    def _cache_bytes(self, append: fx.Node) -> int:
+        """Bytes of a grown cache, in its format."""
+        value = append.meta["val"]
+        format = cache_format(append)
+        if not format.rounds:
+            return self._bytes(value)
+        width = self.size(value.shape[-1])
+        return self.elements(value) // width * format.row_bytes(width)
 
     def _live_bytes(self, program: Program) -> dict[fx.Node, int]:
         """For each node, the bytes of all values alive while it runs."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.analysis.axes import MATRICES
+from qcompile.analysis.axes import ALL_FAMILIES, MATRICES
 from qcompile.analysis.families import PortRole
 from qcompile.analysis.features import (
     BasisMap,
@@ -21,6 +21,7 @@ from qcompile.analysis.features import (
     size_of,
 )
 from qcompile.ir import dialect
+from qcompile.ir.caches import cache_format
 
 aten = torch.ops.aten
 
@@ -50,6 +51,9 @@ def _kv_append(bases: BasisMap, node: fx.Node) -> list[fx.Node]:
         name, size = str(past.target), bases.axes.sizes[axis]
         bases.axes.port(axis, name, 1, size, PortRole.CACHE, MATRICES)
         bases.axes.block(axis, node.name, "the cache holds it without a shift", {S})
+    format = cache_format(node)
+    if format.rounds:
+        bases.axes.block(axis, node.name, f"the cache rounds it to {format.name}", ALL_FAMILIES)
     return [past, new]
 
 
