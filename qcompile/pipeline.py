@@ -8,6 +8,7 @@ from qcompile.ir.types import Fact
 from qcompile.passes.canonicalize import canonicalize_phase
 from qcompile.passes.infra import Pass, Phase
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
+from qcompile.passes.quantize.quantize_cache import QuantizeCache
 from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_ops import raise_phase
@@ -37,6 +38,7 @@ PASSES: Mapping[str, Callable[..., Pass]] = {
     "quantize_weights": QuantizeWeights,
     "quantize_activations": QuantizeActivations,
     "quantize_clusters": QuantizeClusters,
+    "quantize_cache": QuantizeCache,
 }
 """The pass behind each step of a recipe; it takes the step's options by name."""
 

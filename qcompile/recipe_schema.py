@@ -193,6 +193,28 @@ class QuantizeActivations(StepOptions):
     overrides: tuple[ActivationOverride, ...] = ()
 
 
+CacheFormat = Literal["float", "bf16", "int8", "int4"]
+"""A format of key/value caches by name; integers are asymmetric."""
+
+
+class QuantizeCache(StepOptions):
+    """Step ``quantize_cache``: keys and values are kept in few bits.
+
+    Comes after all steps that change bases: what the cache holds must not be transformed later.
+
+    Attributes:
+        format: Of keys and values.
+        keys: Format of keys, where it is another one.
+        values: Format of values, where it is another one.
+        group_size: Numbers per scale along a head; 0 is one scale per head and token.
+    """
+
+    format: CacheFormat = "int8"
+    keys: CacheFormat | None = None
+    values: CacheFormat | None = None
+    group_size: int = Field(default=0, ge=0)
+
+
 class Rotate(StepOptions):
     """Step ``rotate``: rotations spread outliers over all channels; the function stays the same.
 
@@ -369,6 +391,7 @@ STEPS: Final[Mapping[str, type[StepOptions]]] = MappingProxyType(
         "quantize_weights": QuantizeWeights,
         "quantize_activations": QuantizeActivations,
         "quantize_clusters": QuantizeClusters,
+        "quantize_cache": QuantizeCache,
     }
 )
 """Every step that a recipe may contain, and its options. The compiler maps each to its pass."""
@@ -378,6 +401,13 @@ TRANSFORM_STEPS: Final = frozenset(
     {"atq", "duquant", "quip", "resq", "rotate", "rptq", "spinquant", "smooth"}
 )
 """Steps that change bases and keep the function; weights must still be floats."""
+
+_AFTER_TRANSFORMS: Final = MappingProxyType(
+    {
+        "quantize_weights": "codes can absorb no transform",
+        "quantize_cache": "what a cache holds is rounded in its basis",
+    }
+)
 
 DATA_FREE_TRANSFORMS: Final = frozenset({"rotate"})
 """Those of them that need no calibration data and read no weights."""
@@ -442,13 +472,13 @@ class Recipe(_Strict):
                     f"step '{name}' stands {names.count(name)} times",
                     "keep one; its options say what differs by layer",
                 )
-        if "quantize_weights" in names:
-            for name in names[names.index("quantize_weights") :]:
+        for last, reason in _AFTER_TRANSFORMS.items():
+            for name in names[names.index(last) :] if last in names else ():
                 if name in TRANSFORM_STEPS:
                     raise _custom_error(
                         "order",
-                        f"{name} comes after quantize_weights: codes can absorb no transform",
-                        f"put {name} before quantize_weights",
+                        f"{name} comes after {last}: {reason}",
+                        f"put {name} before {last}",
                     )
         for name in ("quantize_activations", "quantize_clusters"):
             if name in names and "quantize_weights" not in names[: names.index(name)]:
