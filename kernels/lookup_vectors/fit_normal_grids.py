@@ -52,11 +52,12 @@ def fit_line(points: int) -> Tensor:
         if float((moved - grid).abs().max()) < 1e-13:
             break
         grid = moved
-    return grid.unsqueeze(1)
+    line: Tensor = grid.unsqueeze(1)
+    return line
 
 
 def fit_vectors(dimension: int, points: int) -> Tensor:
-    """The grid in several dimensions, ``[points, dimension]`` float64, by length and then entries."""
+    """The grid in several dimensions, ``[points, dimension]`` float64, by length, then entries."""
     sample = normal_sample(dimension)
     best, least = None, math.inf
     for seed in range(_STARTS):

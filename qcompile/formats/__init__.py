@@ -8,6 +8,7 @@ from qcompile.formats.registry import parse_format
 from qcompile.formats.rtn import Rounded, relative_error, rtn
 from qcompile.formats.split import SplitFormat
 from qcompile.formats.stored import stored_weight
+from qcompile.formats.vector import VectorFormat
 
 __all__ = [
     "Format",
@@ -21,6 +22,7 @@ __all__ = [
     "ScaleSearch",
     "SplitFormat",
     "StoredWeight",
+    "VectorFormat",
     "parse_format",
     "relative_error",
     "rtn",

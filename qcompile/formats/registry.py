@@ -12,10 +12,13 @@ from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
 from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
 from qcompile.formats.split import Part, Percent, SplitFormat
+from qcompile.formats.vector import VectorFormat
 from qcompile.kernels.lookup.levels import levels, spell_levels
+from qcompile.kernels.lookup_vectors.codebooks import codebook_names
 
 _EXAMPLES = "int4-g64, int8, int4-g32-asym, nf4-g64, fp8, mxfp4, ternary-g64, int4+1%fp16"
 _TABLES = ("ternary", "nf4", *ALIASES)
+_UNTURNED = "unturned"
 _FAMILY = re.compile(r"(?P<family>\([^)]*\)|[^-]*)(?:-(?P<options>.*))?", re.DOTALL)
 _INTEGER = re.compile(r"int([0-9]+)")
 _GROUP = re.compile(r"g([0-9]+)")
@@ -28,6 +31,8 @@ def parse_format(text: str) -> Format:
     - ``int<bits>``: integers of 1 to 8 bits; ``-asym`` or ``-sym`` (the default).
     - ``nf4``, ``fp4`` (e2m1), ``fp8`` (e4m3), ``e<exponent bits>m<mantissa bits>``, ``ternary``,
       ``(-1.5,-0.5,0.5,1.5)``: codes of a table of levels.
+    - ``higgs<dimension>x<points>``: a code for every `dimension` weights, of a codebook of `points`
+      vectors, in a turned basis; ``-unturned`` without; see `VectorFormat`.
     - ``mxfp4``, ``mxfp6``, ``mxfp8``, ``nvfp4``: tables with groups and scales as standards say.
 
     All but the last take ``-g<group size>`` (else one scale per row) and the type of the scales:
@@ -65,6 +70,8 @@ def parse_format(text: str) -> Format:
                 remedy=f"write {family} alone: its groups and scales are part of the standard",
             )
         return STANDARD_FORMATS[family]
+    if family in codebook_names():
+        return _vectors(text, family, options)
     return _lookup(text, family, options)
 
 
@@ -106,6 +113,13 @@ def _lookup(text: str, family: str, options: list[str]) -> LookupFormat:
     chosen = _Options(text, options, (*SCALE_STORAGES,), symmetry=False)
     scales = SCALE_STORAGES[chosen.scale] if chosen.scale else default_scales(table)
     return LookupFormat(table, chosen.group_size, scales)
+
+
+def _vectors(text: str, family: str, options: list[str]) -> VectorFormat:
+    turned = _UNTURNED not in options
+    rest = [option for option in options if option != _UNTURNED]
+    chosen = _Options(text, rest, (*SCALE_DTYPES,), symmetry=False)
+    return VectorFormat(family, chosen.group_size, SCALE_DTYPES[chosen.scale or "fp16"], turned)
 
 
 class _Options:
@@ -152,6 +166,7 @@ def _bad_option(text: str, option: str, words: tuple[str, ...]) -> RecipeError:
 
 def _unknown(text: str) -> RecipeError:
     known = [*(f"int{bits}" for bits in range(1, 9)), *_TABLES, *STANDARD_FORMATS]
+    known += codebook_names()
     family = re.split(r"[-_ ]", text.strip().lower())[0]
     close = difflib.get_close_matches(family, known, n=1)
     hint = f"did you mean '{close[0]}'? " if close else ""

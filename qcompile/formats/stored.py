@@ -8,8 +8,14 @@ from qcompile.formats.base import Format, StoredWeight
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.split import SplitFormat
+from qcompile.formats.vector import VectorFormat
 
-_FAMILIES: tuple[type[Format], ...] = (IntegerFormat, LookupFormat, SplitFormat)
+_FAMILIES: tuple[type[Format], ...] = (
+    IntegerFormat,
+    LookupFormat,
+    SplitFormat,
+    VectorFormat,
+)
 
 
 def stored_weight(node: object) -> StoredWeight | None:
