@@ -28,6 +28,13 @@ SYMMETRIC: Final = {"w4": "int4", "w4-g64": "int4-g64", "w3-g64": "int3-g64", "w
 ASYMMETRIC: Final = {setting: f"{format}-asym" for setting, format in SYMMETRIC.items()}
 WEAK_COLUMNS: Final = {setting: f"{format}+0.77%fp16" for setting, format in ASYMMETRIC.items()}
 
+HIGGS: Final = {
+    "w4": "higgs2x256",
+    "w4-g64": "higgs2x256-g64",
+    "w3-g64": "higgs2x64-g64",
+    "w2-g64": "higgs4x256-g64",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -93,6 +100,8 @@ ROWS: Final[Mapping[str, Row]] = {
     "nf4": weights({"w4": "nf4", "w4-g64": "nf4-g64"}),
     "nf4-dq": weights({"w4-g64": "nf4-g64-dq"}),
     "nf4-gptq": weights({"w4": "nf4", "w4-g64": "nf4-g64"}, **_GPTQ),
+    "higgs": weights(HIGGS, scale_search="mse"),
+    "higgs-absmax": weights(HIGGS),
     "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
