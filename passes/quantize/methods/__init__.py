@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qcompile.errors import RecipeError, suggest
+from qcompile.passes.quantize.methods.awq_clip import AwqClip
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hqq import Hqq
@@ -20,7 +21,7 @@ from qcompile.passes.quantize.methods.rtn import Rtn
 __all__ = ["METHODS", "Method", "Outcome", "Rtn", "Task", "make_method", "method_options"]
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "magr": Magr, "owq": Owq}
+    {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "magr": Magr, "awq_clip": AwqClip, "owq": Owq}
 )
 """Every method by the name that recipes use."""
 
