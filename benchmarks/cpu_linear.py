@@ -24,10 +24,10 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from qcompile.backends.cpu.packable import packing_of
+from qcompile.backends.cpu.packable import layout_of
 from qcompile.formats import LookupFormat, parse_format
 from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear
+from qcompile.kernels.cpu.layout import pack_linear
 
 GIGA = 1e9
 Initializers = list[onnx.TensorProto]
@@ -94,7 +94,7 @@ def ours_in_format(name: str, act: str) -> Callable[[Setting, int, str, str], La
 
     def make(setting: Setting, index: int, source: str, target: str) -> Layer:
         format = parse_format(name)
-        packing = packing_of(format)
+        layout = layout_of(format)
         generator = torch.Generator().manual_seed(index)
         deviation = 1 / setting.k**0.5
         # A few rows over and over: encoding takes longer than all the rest.
@@ -105,14 +105,14 @@ def ours_in_format(name: str, act: str) -> Callable[[Setting, int, str, str], La
             for part, tensor in quantized.tensors.items()
         }
         outer = tensors.get("outer_scale")
-        in_table = isinstance(format, LookupFormat) and packing.coding == "table"
+        in_table = isinstance(format, LookupFormat) and layout.coding == "table"
         packed = pack_linear(
             tensors["codes"],
             tensors["scale"],
-            bits=packing.bits,
-            group_size=packing.group_size,
-            scale_dtype=packing.scale_dtype,
-            coding=packing.coding,
+            bits=layout.bits,
+            group_size=layout.group_size,
+            scale_dtype=layout.scale_dtype,
+            coding=layout.coding,
             levels=np.array(format.levels, np.float32) if in_table else None,
             outer_scale=None if outer is None else outer.reshape(-1),
         )
@@ -123,10 +123,7 @@ def ours_in_format(name: str, act: str) -> Callable[[Setting, int, str, str], La
             domain=OPERATOR_DOMAIN,
             N=setting.n,
             K=setting.k,
-            bits=packing.bits,
-            group_size=packing.group_size,
-            scale_dtype=SCALE_DTYPES.index(packing.scale_dtype),
-            coding=packing.coding,
+            **layout.attributes(),
             act=act,
         )
         return [node], [onnx.numpy_helper.from_array(packed, f"w{index}")], packed.nbytes

@@ -386,18 +386,16 @@ def nbits_tensors(packed: Any, attributes: dict[str, Any]) -> dict[str, np.ndarr
     """Codes, scales and zero points of a packed weight, as ``MatMulNBits`` takes them."""
     import onnx
 
-    from qcompile.kernels.cpu.layout import SCALE_DTYPES, unpack_linear
+    from qcompile.kernels.cpu.layout import SCALE_DTYPES, WeightLayout, unpack_linear
 
     n, k, bits = attributes["N"], attributes["K"], attributes["bits"]
-    unpacked = unpack_linear(
-        onnx.numpy_helper.to_array(packed),
-        n,
-        k,
-        bits=bits,
-        group_size=attributes["group_size"],
-        has_zero_point=bool(attributes["has_zero_point"]),
-        scale_dtype=SCALE_DTYPES[attributes["scale_dtype"]],
+    layout = WeightLayout(
+        bits,
+        attributes["group_size"],
+        bool(attributes["has_zero_point"]),
+        SCALE_DTYPES[attributes["scale_dtype"]],
     )
+    unpacked = unpack_linear(onnx.numpy_helper.to_array(packed), n, k, layout)
     block = attributes["group_size"]
     padding = (0, 0), (0, -k % block)
     zero_point = unpacked.zero_point

@@ -27,11 +27,7 @@ def cpu_linears(
     biases: list[Tensor],
     sizes: list[int],
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
     act: str,
     normed: bool,
     epsilon: float,
@@ -45,11 +41,7 @@ def cpu_linears(
         biases: One ``[size]`` for each weight, or none at all.
         sizes: Output features of each weight.
         k: Input features.
-        bits: As for `cpu_linear`, like those up to `act`.
-        group_size: Weights per scale.
-        has_zero_point: Whether the weights have zero points.
-        scale_dtype: Index into `SCALE_DTYPES`.
-        coding: What codes stand for.
+        layout: How every weight is stored, as for `cpu_linear`.
         act: How the (normed) input is rounded.
         normed: Whether the norm comes first.
         epsilon: Of the norm.
@@ -59,10 +51,9 @@ def cpu_linears(
     """
     if normed:
         x = rms_norm(x, norm_weight, epsilon)
-    layout = (k, bits, group_size, has_zero_point, scale_dtype, coding, act)
     added: Sequence[Tensor | None] = biases or (None,) * len(packed)
     return [
-        cpu_linear(x, weight, bias, None, size, *layout)
+        cpu_linear(x, weight, bias, None, size, k, layout, act)
         for weight, bias, size in zip(packed, added, sizes, strict=True)
     ]
 
@@ -76,11 +67,7 @@ def cpu_gated_linear(
     up_bias: Tensor | None,
     n: int,
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
     act: str,
     kind: str,
     normed: bool,
@@ -97,11 +84,7 @@ def cpu_gated_linear(
         up_bias: ``[n]`` or None.
         n: Output features.
         k: Input features.
-        bits: As for `cpu_linear`, like those up to `act`.
-        group_size: Weights per scale.
-        has_zero_point: Whether the weights have zero points.
-        scale_dtype: Index into `SCALE_DTYPES`.
-        coding: What codes stand for.
+        layout: How every weight is stored, as for `cpu_linear`.
         act: How the (normed) input is rounded.
         kind: The activation, as for `qc.gated_act`.
         normed: Whether an RMS norm comes first.
@@ -112,9 +95,8 @@ def cpu_gated_linear(
     """
     if normed:
         x = rms_norm(x, norm_weight, epsilon)
-    layout = (n, k, bits, group_size, has_zero_point, scale_dtype, coding, act)
-    gated = cpu_linear(x, gate, gate_bias, None, *layout)
-    return gated_act(gated, cpu_linear(x, up, up_bias, None, *layout), kind)
+    gated = cpu_linear(x, gate, gate_bias, None, n, k, layout, act)
+    return gated_act(gated, cpu_linear(x, up, up_bias, None, n, k, layout, act), kind)
 
 
 def _linears_shape(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.ir import dialect
 from qcompile.kernels.attention.reference import attention
-from qcompile.kernels.cpu.layout import CODINGS, SCALE_DTYPES, unpack_linear
+from qcompile.kernels.cpu.layout import WeightLayout, unpack_linear
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.lookup.levels import levels as levels_of
 from qcompile.kernels.lookup.reference import look_up, lookup
@@ -33,11 +33,7 @@ def cpu_linear(
     residual: Tensor | None,
     n: int,
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
     act: str,
 ) -> Tensor:
     """A linear layer over a packed weight: ``x_q @ w_q.T + bias + residual``.
@@ -49,19 +45,15 @@ def cpu_linear(
         residual: ``[..., n]``, added last, or None.
         n: Output features.
         k: Input features.
-        bits: Of the codes.
-        group_size: Weights per scale; 0 is one group per row.
-        has_zero_point: Whether the weight has zero points.
-        scale_dtype: Index into `SCALE_DTYPES`.
-        coding: What codes stand for, one of `CODINGS`.
+        layout: How the weight is stored, the text of a `WeightLayout`.
         act: ``"float"``, ``"int8_token"`` or ``"int8_group"``: how `x` is rounded first.
 
     Returns:
         ``[..., n]`` float32.
     """
-    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype, coding)
+    weight = _Unpacked.of(packed, n, k, WeightLayout.parse(layout))
     if act != FLOAT_ACTIVATIONS:
-        group = group_size if act == INT8_PER_GROUP else 0
+        group = weight.layout.group_size if act == INT8_PER_GROUP else 0
         scale = dynamic_scale(x, 8, group)
         x = dequantize(quantize(x, scale, None, 8, group), scale, None, 8, group)
     # Some rows at a time: a projection to the vocabulary is large, and larger in float64.
@@ -77,14 +69,10 @@ def cpu_embedding(
     packed: Tensor,
     n: int,
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
 ) -> Tensor:
     """Rows of a packed table: ``[...]`` ids to ``[..., k]`` float32."""
-    weight = _Unpacked.of(packed, n, k, bits, group_size, has_zero_point, scale_dtype, coding)
+    weight = _Unpacked.of(packed, n, k, WeightLayout.parse(layout))
     return weight.rows(ids.flatten()).reshape(*ids.shape, k)
 
 
@@ -184,55 +172,34 @@ _DECODED_AT_A_TIME = 1 << 22
 class _Unpacked:
     """The codes of a packed weight, and what they stand for."""
 
+    layout: WeightLayout
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
-    bits: int
-    group_size: int
     levels: Tensor | None  # None of integers
 
     @staticmethod
-    def of(
-        packed: Tensor,
-        n: int,
-        k: int,
-        bits: int,
-        group_size: int,
-        has_zero_point: bool,
-        scale_dtype: int,
-        coding: str,
-    ) -> _Unpacked:
-        scale_name = SCALE_DTYPES[scale_dtype]
-        unpacked = unpack_linear(
-            packed.cpu().numpy(),
-            n,
-            k,
-            bits=bits,
-            group_size=group_size,
-            has_zero_point=has_zero_point,
-            scale_dtype=scale_name,
-            coding=next(known for known in CODINGS if known == coding),
-        )
+    def of(packed: Tensor, n: int, k: int, layout: WeightLayout) -> _Unpacked:
+        unpacked = unpack_linear(packed.cpu().numpy(), n, k, layout)
         scale = torch.from_numpy(unpacked.scale)
         if scale.dtype == torch.uint8:
             outer = unpacked.outer_scale
             shared = None if outer is None else torch.from_numpy(outer).unsqueeze(1)
-            scale = lookup(scale, shared, scale_name, 0)
+            scale = lookup(scale, shared, layout.scale_dtype, 0)
         zeros = None if unpacked.zero_point is None else torch.from_numpy(unpacked.zero_point)
         levels = unpacked.levels
-        if levels is None and coding != "integer":
-            levels = np.array(levels_of(coding), np.float32)
+        if levels is None and layout.coding != "integer":
+            levels = np.array(levels_of(layout.coding), np.float32)
         table = None if levels is None else torch.from_numpy(levels)
-        codes = torch.from_numpy(unpacked.codes)
-        return _Unpacked(codes, scale, zeros, bits, group_size, table)
+        return _Unpacked(layout, torch.from_numpy(unpacked.codes), scale, zeros, table)
 
     def rows(self, index: Tensor) -> Tensor:
         """Some rows as float32."""
-        codes, scale = self.codes[index], self.scale[index]
+        codes, scale, group_size = self.codes[index], self.scale[index], self.layout.group_size
         if self.levels is not None:
-            return look_up(codes, scale, self.levels, self.group_size)
+            return look_up(codes, scale, self.levels, group_size)
         zero_point = None if self.zero_point is None else self.zero_point[index]
-        return dequantize(codes, scale, zero_point, self.bits, self.group_size)
+        return dequantize(codes, scale, zero_point, self.layout.bits, group_size)
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

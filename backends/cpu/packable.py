@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import get_args
 
 from qcompile.formats import Format, IntegerFormat, LookupFormat
 from qcompile.formats.scales import FloatScale
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, Coding, ScaleDtype
+from qcompile.kernels.cpu.layout import SCALE_DTYPES, Coding, ScaleDtype, WeightLayout
 from qcompile.kernels.lookup.levels import code_bits
 
 _GROUP_UNIT = 16
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The attributes of a packed weight; see `qcompile.kernels.cpu.layout`.
-
-    Attributes:
-        bits: Of the codes.
-        group_size: Weights per scale; 0 is one group per row.
-        has_zero_point: Whether there are zero points.
-        scale_dtype: How scales are stored.
-        coding: What codes stand for.
-    """
-
-    bits: int
-    group_size: int
-    has_zero_point: bool
-    scale_dtype: ScaleDtype
-    coding: Coding
-
-    @property
-    def multiplies_bytes(self) -> bool:
-        """Whether the kernels multiply int8 activations with the codes."""
-        return self.coding not in ("table", "e4m3")
 
 
 def unpackable_reason(format: Format) -> str | None:
@@ -46,17 +21,21 @@ def unpackable_reason(format: Format) -> str | None:
     return None
 
 
-def packing_of(format: Format) -> Packing:
+def layout_of(format: Format) -> WeightLayout:
     """How weights of a format are packed, which must be one that `unpackable_reason` lets pass."""
     if isinstance(format, IntegerFormat):
         scale_dtype = _SCALE_NAMES[str(format.scale_dtype)]
-        return Packing(format.bits, format.group_size, not format.symmetric, scale_dtype, "integer")
+        return WeightLayout(
+            format.bits, format.group_size, not format.symmetric, scale_dtype, "integer"
+        )
     assert isinstance(format, LookupFormat)
     scales = format.scales
     name = str(scales.dtype) if isinstance(scales, FloatScale) else scales.name
     # Tables that are not the kernels' own are looked up in levels that the weight brings along.
     coding = _CODINGS.get(format.table, "table")
-    return Packing(code_bits(format.table), format.group_size, False, _SCALE_NAMES[name], coding)
+    return WeightLayout(
+        code_bits(format.table), format.group_size, False, _SCALE_NAMES[name], coding
+    )
 
 
 _CODINGS: dict[str, Coding] = {

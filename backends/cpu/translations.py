@@ -15,6 +15,7 @@ from qcompile.backends.onnx.transform import Place, emit_transform
 from qcompile.backends.onnx.translation import Table, Translation
 from qcompile.ir import dialect
 from qcompile.kernels.cpu import OPERATOR_DOMAIN
+from qcompile.kernels.cpu.layout import WeightLayout
 from qcompile.kernels.hadamard.matrix import core, core_order
 
 FLOAT = ir.DataType.FLOAT
@@ -35,16 +36,19 @@ def _linear(
     residual: ir.Value | None,
     n: int,
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
     act: str,
 ) -> ir.Value:
-    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
-    inputs = (x, packed, bias, residual)
-    return b.op("QLinear", *inputs, domain=OPERATOR_DOMAIN, dtype=FLOAT, act=act, **layout)
+    return b.op(
+        "QLinear",
+        *(x, packed, bias, residual),
+        domain=OPERATOR_DOMAIN,
+        dtype=FLOAT,
+        N=n,
+        K=k,
+        **WeightLayout.parse(layout).attributes(),
+        act=act,
+    )
 
 
 @_TABLE.register(fused_ops.linears)
@@ -56,18 +60,12 @@ def _linears(
     biases: Sequence[ir.Value],
     sizes: Sequence[int],
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
     act: str,
     normed: bool,
     epsilon: float,
 ) -> tuple[ir.Value, ...]:
     count = len(packed)
-    layout = _layout(0, k, bits, group_size, has_zero_point, scale_dtype, coding)
-    del layout["N"]
     added: Sequence[ir.Value | None] = biases or (None,) * count
     layers = zip(packed, added, strict=True)
     return b.ops(
@@ -78,7 +76,8 @@ def _linears(
         dtypes=(FLOAT,) * count,
         count=count,
         **{f"N{i}": size for i, size in enumerate(sizes)},
-        **layout,
+        K=k,
+        **WeightLayout.parse(layout).attributes(),
         act=act,
         normed=int(normed),
         epsilon=float(epsilon),
@@ -96,11 +95,7 @@ def _gated_linear(
     up_bias: ir.Value | None,
     n: int,
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
     act: str,
     kind: str,
     normed: bool,
@@ -111,7 +106,9 @@ def _gated_linear(
         *(x, norm_weight, gate, gate_bias, up, up_bias),
         domain=OPERATOR_DOMAIN,
         dtype=FLOAT,
-        **_layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding),
+        N=n,
+        K=k,
+        **WeightLayout.parse(layout).attributes(),
         act=act,
         kind=kind,
         normed=int(normed),
@@ -126,14 +123,12 @@ def _embedding(
     packed: ir.Value,
     n: int,
     k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
+    layout: str,
 ) -> ir.Value:
-    layout = _layout(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
-    return b.op("QEmbedding", ids, packed, domain=OPERATOR_DOMAIN, dtype=FLOAT, **layout)
+    attributes = WeightLayout.parse(layout).attributes()
+    return b.op(
+        "QEmbedding", ids, packed, domain=OPERATOR_DOMAIN, dtype=FLOAT, N=n, K=k, **attributes
+    )
 
 
 @_TABLE.register(ops.fused_attention)
@@ -218,26 +213,6 @@ def _getitem(b: Builder, values: tuple[Any, ...], index: int) -> Any:
 
 TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
 """Lowered operators, and those of the dialect that the library has a kernel for."""
-
-
-def _layout(
-    n: int,
-    k: int,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: int,
-    coding: str,
-) -> dict[str, int | str]:
-    return {
-        "N": n,
-        "K": k,
-        "bits": bits,
-        "group_size": group_size,
-        "has_zero_point": int(has_zero_point),
-        "scale_dtype": scale_dtype,
-        "coding": coding,
-    }
 
 
 def _argument(b: Builder, position: int) -> Any:

@@ -48,6 +48,7 @@ from qcompile.kernels.cpu.pack_scales import (
     is_coded,
     scale_width,
 )
+from qcompile.kernels.cpu.weight_layout import CODINGS, Coding, WeightLayout
 
 __all__ = [
     "CODINGS",
@@ -58,22 +59,13 @@ __all__ = [
     "Coding",
     "ScaleDtype",
     "UnpackedLinear",
+    "WeightLayout",
     "pack_linear",
     "packed_size",
     "unpack_linear",
 ]
 
 KERNEL_LAYOUT_VERSION = 2
-
-Coding = Literal["integer", "table", "e2m1", "e4m3", "ternary"]
-CODINGS: dict[Coding, tuple[int, ...]] = {
-    "integer": (1, 2, 3, 4, 5, 6, 7, 8),
-    "table": (1, 2, 3, 4, 5, 6, 7, 8),
-    "e2m1": (4,),
-    "e4m3": (8,),
-    "ternary": (2,),
-}
-"""What codes can stand for, and how many bits they may then have."""
 
 PACKABLE_BITS = CODINGS["integer"]
 
@@ -100,22 +92,13 @@ class UnpackedLinear:
     outer_scale: _Floats | None
 
 
-def packed_size(
-    n: int,
-    k: int,
-    *,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: ScaleDtype,
-    coding: Coding = "integer",
-) -> int:
+def packed_size(n: int, k: int, layout: WeightLayout) -> int:
     """Returns the bytes of a packed [n, k] weight.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: there is no such shape.
     """
-    return _Geometry.of(n, k, bits, group_size, has_zero_point, scale_dtype, coding).bytes
+    return _Geometry.of(n, k, layout).bytes
 
 
 def pack_linear(
@@ -155,7 +138,8 @@ def pack_linear(
     if codes.ndim != 2 or codes.dtype != np.uint8:
         raise ValueError(f"codes must be [N, K] uint8, not {codes.dtype} {list(codes.shape)}")
     n, k = codes.shape
-    geometry = _Geometry.of(n, k, bits, group_size, zero_point is not None, scale_dtype, coding)
+    layout = WeightLayout(bits, group_size, zero_point is not None, scale_dtype, coding)
+    geometry = _Geometry.of(n, k, layout)
     if scale.shape != (n, geometry.groups):
         raise ValueError(f"scale has shape {list(scale.shape)} instead of {[n, geometry.groups]}")
     _check_codes("codes", codes, bits, coding)
@@ -182,36 +166,27 @@ def pack_linear(
     return out
 
 
-def unpack_linear(
-    packed: _Bytes,
-    n: int,
-    k: int,
-    *,
-    bits: int,
-    group_size: int,
-    has_zero_point: bool,
-    scale_dtype: ScaleDtype = "float16",
-    coding: Coding = "integer",
-) -> UnpackedLinear:
+def unpack_linear(packed: _Bytes, n: int, k: int, layout: WeightLayout) -> UnpackedLinear:
     """The inverse of `pack_linear`.
 
     Raises:
         ValueError: `packed` has not the bytes of such a weight.
     """
-    geometry = _Geometry.of(n, k, bits, group_size, has_zero_point, scale_dtype, coding)
+    geometry = _Geometry.of(n, k, layout)
     if packed.dtype != np.uint8 or packed.shape != (geometry.bytes,):
         raise ValueError(
             f"packed must be [{geometry.bytes}] uint8, not {packed.dtype} {packed.shape}"
         )
     rows = geometry.blocks * COLUMNS
     codes = np.empty((rows, geometry.padded_k), np.uint8)
-    scale = np.empty((rows, geometry.groups), np.uint8 if is_coded(scale_dtype) else np.float32)
-    zero_point = np.empty((rows, geometry.groups), np.uint8) if has_zero_point else None
+    scale_type = np.uint8 if is_coded(layout.scale_dtype) else np.float32
+    scale = np.empty((rows, geometry.groups), scale_type)
+    zero_point = np.empty((rows, geometry.groups), np.uint8) if layout.has_zero_point else None
     for span, view in geometry.spans(packed):
         header = geometry.scale_bytes
         stored = view[:, :, :header].reshape(geometry.blocks, -1, COLUMNS, header // COLUMNS)
         by_row = np.ascontiguousarray(stored.transpose(0, 2, 1, 3)).reshape(rows, -1)
-        scale[:, span.groups] = decode_scales(by_row, scale_dtype)
+        scale[:, span.groups] = decode_scales(by_row, layout.scale_dtype)
         if zero_point is not None:
             zeros = view[:, :, header : header + COLUMNS].transpose(0, 2, 1)
             zero_point[:, span.groups] = zeros.reshape(rows, -1)
@@ -225,8 +200,8 @@ def unpack_linear(
         codes[:n, :k],
         scale[:n],
         None if zero_point is None else zero_point[:n],
-        levels[: 1 << bits] if coding == "table" else None,
-        outer[: {"weight": 1, "row": n}[OUTER_SCALES[scale_dtype]]] if outer.size else None,
+        levels[: 1 << layout.bits] if layout.coding == "table" else None,
+        outer[: {"weight": 1, "row": n}[OUTER_SCALES[layout.scale_dtype]]] if outer.size else None,
     )
 
 
@@ -242,38 +217,20 @@ class _Span:
 class _Geometry:
     n: int
     k: int
-    packing: CodePacking
     group_size: int  # K when there is one group per row
-    zeros: bool
-    scale_dtype: ScaleDtype
-    coding: Coding
+    layout: WeightLayout
 
     @classmethod
-    def of(
-        cls,
-        n: int,
-        k: int,
-        bits: int,
-        group_size: int,
-        zeros: bool,
-        scale_dtype: ScaleDtype,
-        coding: Coding,
-    ) -> _Geometry:
+    def of(cls, n: int, k: int, layout: WeightLayout) -> _Geometry:
         if n <= 0 or k <= 0:
             raise ValueError(f"a weight of shape {[n, k]} cannot be packed")
-        if coding not in CODINGS:
-            raise ValueError(f"coding = {coding!r} is none of {tuple(CODINGS)}")
-        if bits not in CODINGS[coding]:
-            raise ValueError(f"bits = {bits} cannot be packed; only {CODINGS[coding]}")
-        if group_size < 0 or group_size % 16 != 0:
-            raise ValueError(f"group_size = {group_size} is neither 0 nor a multiple of 16")
-        if scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype = {scale_dtype!r} is none of {SCALE_DTYPES}")
-        if zeros and coding != "integer":
-            raise ValueError(f"codes of the coding {coding!r} have no zero points")
+        group_size = layout.group_size
         effective = k if group_size == 0 or group_size > k else group_size
-        packing = CodePacking(bits, ternary=coding == "ternary")
-        return cls(n, k, packing, effective, zeros, scale_dtype, coding)
+        return cls(n, k, effective, layout)
+
+    @property
+    def packing(self) -> CodePacking:
+        return CodePacking(self.layout.bits, ternary=self.layout.coding == "ternary")
 
     @property
     def groups(self) -> int:
@@ -290,15 +247,15 @@ class _Geometry:
     @property
     def scale_bytes(self) -> int:
         """Of the 16 scales of a group."""
-        return COLUMNS * scale_width(self.scale_dtype)
+        return COLUMNS * scale_width(self.layout.scale_dtype)
 
     @property
     def level_count(self) -> int:
-        return 1 << max(self.packing.bits, 4) if self.coding == "table" else 0
+        return 1 << max(self.layout.bits, 4) if self.layout.coding == "table" else 0
 
     @property
     def outer_count(self) -> int:
-        shared = OUTER_SCALES.get(self.scale_dtype)
+        shared = OUTER_SCALES.get(self.layout.scale_dtype)
         if shared is None:
             return 0
         return COLUMNS if shared == "weight" else self.blocks * COLUMNS
@@ -309,7 +266,7 @@ class _Geometry:
 
     @property
     def header_bytes(self) -> int:
-        return self.scale_bytes + (COLUMNS if self.zeros else 0)
+        return self.scale_bytes + (COLUMNS if self.layout.has_zero_point else 0)
 
     @property
     def block_bytes(self) -> int:
@@ -348,28 +305,31 @@ class _Geometry:
         if zero_point is not None:
             padded[: self.n, self.k :] = zero_point[:, -1:]
         else:
-            zero = {"integer": 1 << (self.packing.bits - 1), "ternary": 1}.get(self.coding, 0)
+            zero = {"integer": 1 << (self.layout.bits - 1), "ternary": 1}.get(self.layout.coding, 0)
             padded[: self.n, self.k :] = zero
         return padded
 
     def pad_levels(self, levels: npt.NDArray[np.floating] | None) -> _Floats:
         """The levels, the last one repeated; nothing where the coding has none."""
-        if (levels is None) == (self.coding == "table"):
-            raise ValueError(f"levels are given for the coding 'table' only, not {self.coding!r}")
+        if (levels is None) == (self.layout.coding == "table"):
+            raise ValueError(
+                f"levels are given for the coding 'table' only, not {self.layout.coding!r}"
+            )
         if levels is None:
             return np.empty(0, np.float32)
-        if levels.ndim != 1 or not 1 <= levels.size <= 1 << self.packing.bits:
-            raise ValueError(f"{self.packing.bits} bits cannot tell levels {list(levels.shape)}")
+        if levels.ndim != 1 or not 1 <= levels.size <= 1 << self.layout.bits:
+            raise ValueError(f"{self.layout.bits} bits cannot tell levels {list(levels.shape)}")
         return np.pad(levels.astype(np.float32), (0, self.level_count - levels.size), mode="edge")
 
     def pad_outer(self, outer_scale: _Floats | None) -> _Floats:
         """The outer scales of every column: nothing where there are none."""
-        shared = OUTER_SCALES.get(self.scale_dtype)
+        scale_dtype = self.layout.scale_dtype
+        shared = OUTER_SCALES.get(scale_dtype)
         expected = None if shared is None else (1,) if shared == "weight" else (self.n,)
         found = None if outer_scale is None else outer_scale.shape
         if found != expected:
             raise ValueError(
-                f"outer_scale has shape {found} instead of {expected} for {self.scale_dtype} scales"
+                f"outer_scale has shape {found} instead of {expected} for {scale_dtype} scales"
             )
         if outer_scale is None:
             return np.empty(0, np.float32)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.backends.cpu import ops
-from qcompile.backends.cpu.packable import Packing, packing_of, unpackable_reason
+from qcompile.backends.cpu.packable import layout_of, unpackable_reason
 from qcompile.errors import TargetError
 from qcompile.formats import LookupFormat, StoredWeight, stored_weight
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.ir.weights import TensorSpec
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear, packed_size
+from qcompile.kernels.cpu.layout import WeightLayout, pack_linear, packed_size
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 from qcompile.passes.lower.rounded_inputs import rounded_input
 
@@ -55,7 +55,7 @@ class FuseLinear(Pass):
                 if node.target is aten.linear.default:
                     new = _linear(editor, node, packed)
                 else:
-                    new = editor.call(ops.embedding, node.args[1], packed.node, *packed.layout)
+                    new = editor.call(ops.embedding, node.args[1], packed.node, *packed.arguments)
             editor.replace(node, new)
             result.rewrites += 1
         return result
@@ -63,19 +63,17 @@ class FuseLinear(Pass):
 
 @dataclass(frozen=True)
 class _Packed:
-    """A packed weight: the node that names it, its shape and its attributes."""
+    """A packed weight: the node that names it, its shape, and how it is stored."""
 
     node: fx.Node
     shape: tuple[int, ...]
-    packing: Packing
+    layout: WeightLayout
 
     @property
-    def layout(self) -> tuple[int, int, int, int, bool, int, str]:
-        """n, k, bits, group_size, has_zero_point, scale_dtype, coding: arguments of operators."""
+    def arguments(self) -> tuple[int, int, str]:
+        """n, k and layout, as the operators take them."""
         n, k = self.shape
-        p = self.packing
-        scale_dtype = SCALE_DTYPES.index(p.scale_dtype)
-        return n, k, p.bits, p.group_size, p.has_zero_point, scale_dtype, p.coding
+        return n, k, str(self.layout)
 
 
 def _packed(editor: Editor, weight: StoredWeight) -> _Packed:
@@ -85,18 +83,18 @@ def _packed(editor: Editor, weight: StoredWeight) -> _Packed:
             f"weight '{weight.name}': {reason}",
             remedy="choose another format for it in the recipe, such as int4-g32 or int8",
         )
-    packing = packing_of(weight.format)
+    layout = layout_of(weight.format)
     name = f"{weight.name}.codes.packed"
     if name not in editor.program.weights:
-        _define_packed(editor.program, name, weight, packing)
-    return _Packed(editor.weight(name), weight.shape, packing)
+        _define_packed(editor.program, name, weight, layout)
+    return _Packed(editor.weight(name), weight.shape, layout)
 
 
-def _define_packed(program: Program, name: str, weight: StoredWeight, packing: Packing) -> None:
+def _define_packed(program: Program, name: str, weight: StoredWeight, layout: WeightLayout) -> None:
     parts = tuple(weight.tensors)
     n, k = weight.shape
     levels = None
-    if packing.coding == "table":
+    if layout.coding == "table":
         assert isinstance(weight.format, LookupFormat)
         levels = np.array(weight.format.levels, np.float32)
 
@@ -108,26 +106,17 @@ def _define_packed(program: Program, name: str, weight: StoredWeight, packing: P
                 tensors["codes"],
                 tensors["scale"],
                 tensors.get("zero_point"),
-                bits=packing.bits,
-                group_size=packing.group_size,
-                scale_dtype=packing.scale_dtype,
-                coding=packing.coding,
+                bits=layout.bits,
+                group_size=layout.group_size,
+                scale_dtype=layout.scale_dtype,
+                coding=layout.coding,
                 levels=levels,
                 outer_scale=None if outer is None else outer.reshape(-1),
             )
         )
 
-    size = packed_size(
-        n,
-        k,
-        bits=packing.bits,
-        group_size=packing.group_size,
-        has_zero_point=packing.has_zero_point,
-        scale_dtype=packing.scale_dtype,
-        coding=packing.coding,
-    )
     operands = tuple(str(tensor.target) for tensor in weight.tensors.values())
-    spec = TensorSpec((size,), torch.uint8)
+    spec = TensorSpec((packed_size(n, k, layout),), torch.uint8)
     program.weights.derive(name, operands, pack, spec, exact=True, label="pack")
 
 
@@ -138,10 +127,10 @@ def _to_numpy(value: Tensor) -> npt.NDArray[Any]:
 
 def _linear(editor: Editor, node: fx.Node, packed: _Packed) -> fx.Node:
     x, act = node.args[0], ops.FLOAT_ACTIVATIONS
-    if packed.packing.multiplies_bytes:
-        x, act = _activations(x, packed.packing.group_size)
+    if packed.layout.multiplies_bytes:
+        x, act = _activations(x, packed.layout.group_size)
     bias = node.args[2] if len(node.args) > 2 else None
-    return editor.call(ops.linear, x, packed.node, bias, None, *packed.layout, act)
+    return editor.call(ops.linear, x, packed.node, bias, None, *packed.arguments, act)
 
 
 def _activations(x: Any, group_size: int) -> tuple[Any, str]:

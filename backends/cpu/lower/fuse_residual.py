@@ -32,16 +32,11 @@ class TakeResidual(Rule):
         residual: Tensor,
         n: Const,
         k: Const,
-        bits: Const,
-        group_size: Const,
-        has_zero_point: Const,
-        scale_dtype: Const,
-        coding: Const,
+        layout: Const,
         act: Const,
     ) -> Any:
         """A layer that adds nothing yet, in a sum."""
-        layout = (n, k, bits, group_size, has_zero_point, scale_dtype, coding)
-        return aten.add.Tensor(ops.linear(x, packed, bias, None, *layout, act), residual)
+        return aten.add.Tensor(ops.linear(x, packed, bias, None, n, k, layout, act), residual)
 
     def check(self, match: Match) -> str | None:
         """The kernel adds values of its own shape only."""
@@ -52,6 +47,5 @@ class TakeResidual(Rule):
 
     def rewrite(self, match: Match, edit: Editor) -> fx.Node:
         """The layer with its residual."""
-        layout = ("n", "k", "bits", "group_size", "has_zero_point", "scale_dtype", "coding")
-        operands = (match["x"], match["packed"], match["bias"], match["residual"])
-        return edit.call(ops.linear, *operands, *(match[name] for name in (*layout, "act")))
+        arguments = ("x", "packed", "bias", "residual", "n", "k", "layout", "act")
+        return edit.call(ops.linear, *(match[name] for name in arguments))

@@ -74,7 +74,7 @@ class _Layer:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """k, bits, group_size, has_zero_point, scale_dtype, coding, act."""
+        """k, layout of the weight, act."""
         return tuple(self.node.args[5:])
 
     def goes_with(self, other: _Layer) -> bool:

@@ -35,7 +35,7 @@ def test_query_key_and_value_are_one_node() -> None:
         v=linear(32, 8),
     )
     assert "qc.cpu_linears(%x, None, " in body(after)
-    assert "[16, 8, 8], 32, 4, 16, False, 1, integer, int8_token, False, 0)" in body(after)
+    assert "[16, 8, 8], 32, integer-4-g16-float16, int8_token, False, 0)" in body(after)
 
 
 def test_norm_goes_into_the_layers_that_alone_read_it() -> None:
@@ -45,7 +45,7 @@ def test_norm_goes_into_the_layers_that_alone_read_it() -> None:
 
     after = fused(function, k=linear(32, 8), v=linear(32, 8))
     assert "rms_norm" not in body(after)
-    assert "integer, float, True, 1e-05)" in body(after)
+    assert "integer-4-g16-float16, float, True, 1e-05)" in body(after)
 
 
 def test_norm_with_another_reader_stays() -> None:
@@ -55,7 +55,7 @@ def test_norm_with_another_reader_stays() -> None:
 
     after = fused(function, k=linear(32, 8), v=linear(32, 8))
     assert "rms_norm" in body(after)
-    assert "integer, float, False, 0)" in body(after)
+    assert "integer-4-g16-float16, float, False, 0)" in body(after)
 
 
 def test_gate_and_up_are_one_node() -> None:
@@ -65,7 +65,7 @@ def test_gate_and_up_are_one_node() -> None:
 
     after = fused(function, granularity="group", gate=linear(32, 16), up=linear(32, 16))
     assert body(after) == text("""
-        %0: f32[s0, 16] = qc.cpu_gated_linear(%x, None, @gate.weight.codes.packed, @gate.bias, @up.weight.codes.packed, @up.bias, 16, 32, 4, 16, False, 1, integer, int8_group, silu, True, 1e-05)
+        %0: f32[s0, 16] = qc.cpu_gated_linear(%x, None, @gate.weight.codes.packed, @gate.bias, @up.weight.codes.packed, @up.bias, 16, 32, integer-4-g16-float16, int8_group, silu, True, 1e-05)
         return %0
         """)  # noqa: E501
 

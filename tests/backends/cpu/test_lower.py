@@ -126,7 +126,7 @@ def test_linear_takes_its_packed_weight_and_bias(one_linear: Program, x: Tensor)
         """)  # noqa: E501
     after = lower(before, FuseLinear(), x)
     assert body(after) == text("""
-        %0: f32[s0, 4] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, None, 4, 32, 4, 16, True, 1, integer, float)
+        %0: f32[s0, 4] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, None, 4, 32, integer-4-g16-float16-zeros, float)
         return %0
         """)  # noqa: E501
     assert set(after.weights) == {"a.weight.codes.packed", "a.bias"}
@@ -135,12 +135,12 @@ def test_linear_takes_its_packed_weight_and_bias(one_linear: Program, x: Tensor)
 @pytest.mark.parametrize(
     ("format", "granularity", "act"),
     [
-        ("int8", "token", "8, 0, False, 1, integer, int8_token"),
-        ("int8", "group", "8, 0, False, 1, integer, int8_token"),
-        ("int4-g16", "token", "4, 16, False, 1, integer, int8_token"),
-        ("int4-g16", "group", "4, 16, False, 1, integer, int8_group"),
-        ("int4-g16-bf16", "group", "4, 16, False, 2, integer, int8_group"),
-        ("int8-g16-asym-fp32", "group", "8, 16, True, 0, integer, int8_group"),
+        ("int8", "token", "integer-8-g0-float16, int8_token"),
+        ("int8", "group", "integer-8-g0-float16, int8_token"),
+        ("int4-g16", "token", "integer-4-g16-float16, int8_token"),
+        ("int4-g16", "group", "integer-4-g16-float16, int8_group"),
+        ("int4-g16-bf16", "group", "integer-4-g16-bfloat16, int8_group"),
+        ("int8-g16-asym-fp32", "group", "integer-8-g16-float32-zeros, int8_group"),
     ],
 )
 def test_rounding_of_the_input_becomes_an_attribute(
@@ -156,9 +156,9 @@ def test_rounding_of_the_input_becomes_an_attribute(
 @pytest.mark.parametrize(
     ("format", "layout"),
     [
-        ("ternary-g16", "2, 16, False, 1, ternary, int8_token"),
-        ("mxfp4", "4, 32, False, 3, e2m1, int8_token"),
-        ("nvfp4", "4, 16, False, 4, e2m1, int8_token"),
+        ("ternary-g16", "ternary-2-g16-float16, int8_token"),
+        ("mxfp4", "e2m1-4-g32-e8m0, int8_token"),
+        ("nvfp4", "e2m1-4-g16-e4m3, int8_token"),
     ],
 )
 def test_lookup_codes_that_are_whole_numbers_multiply_bytes(
@@ -173,7 +173,7 @@ def test_lookup_codes_that_are_whole_numbers_multiply_bytes(
 
 @pytest.mark.parametrize(
     ("format", "layout"),
-    [("nf4-g16-dq", "4, 16, False, 5, table"), ("fp8", "8, 0, False, 0, e4m3")],
+    [("nf4-g16-dq", "table-4-g16-uint8"), ("fp8", "e4m3-8-g0-float32")],
 )
 def test_other_lookup_codes_multiply_inputs_that_are_rounded_before(
     one_linear: Program, x: Tensor, format: str, layout: str
@@ -200,8 +200,8 @@ def test_linears_that_share_a_rounded_input_share_the_float_one(x: Tensor) -> No
         "token",
     )
     assert body(lower(before, FuseLinear(), x)) == text("""
-        %0: f32[s0, 4] = qc.cpu_linear(%x, @a.weight.codes.packed, None, None, 4, 32, 8, 0, False, 1, integer, int8_token)
-        %1: f32[s0, 6] = qc.cpu_linear(%x, @b.weight.codes.packed, None, None, 6, 32, 8, 0, False, 1, integer, int8_token)
+        %0: f32[s0, 4] = qc.cpu_linear(%x, @a.weight.codes.packed, None, None, 4, 32, integer-8-g0-float16, int8_token)
+        %1: f32[s0, 6] = qc.cpu_linear(%x, @b.weight.codes.packed, None, None, 6, 32, integer-8-g0-float16, int8_token)
         return %0, %1
         """)  # noqa: E501
 
@@ -283,7 +283,7 @@ def residual_program(function: Callable[..., Tensor], *inputs: Tensor) -> Progra
 def test_residual_is_added_by_the_linear(function: Callable[..., Tensor], x: Tensor) -> None:
     after = lower(residual_program(function, torch.randn(3, 32)), (FuseLinear(), FuseResidual()), x)
     assert body(after) == text("""
-        %0: f32[s0, 32] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, %x, 32, 32, 4, 16, False, 1, integer, float)
+        %0: f32[s0, 32] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, %x, 32, 32, integer-4-g16-float16, float)
         return %0
         """)  # noqa: E501
 
@@ -291,8 +291,8 @@ def test_residual_is_added_by_the_linear(function: Callable[..., Tensor], x: Ten
 def test_two_linears_that_are_added_become_a_chain(x: Tensor) -> None:
     before = residual_program(lambda m, x: m.a(x) + m.b(x), torch.randn(3, 32))
     assert body(lower(before, (FuseLinear(), FuseResidual()), x)) == text("""
-        %0: f32[s0, 32] = qc.cpu_linear(%x, @b.weight.codes.packed, None, None, 32, 32, 4, 16, False, 1, integer, float)
-        %1: f32[s0, 32] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, %0, 32, 32, 4, 16, False, 1, integer, float)
+        %0: f32[s0, 32] = qc.cpu_linear(%x, @b.weight.codes.packed, None, None, 32, 32, integer-4-g16-float16, float)
+        %1: f32[s0, 32] = qc.cpu_linear(%x, @a.weight.codes.packed, @a.bias, %0, 32, 32, integer-4-g16-float16, float)
         return %1
         """)  # noqa: E501
 
@@ -357,8 +357,8 @@ def test_tied_embedding_and_head_read_one_packed_tensor() -> None:
     before = quantized(tied_program(), "int4-g16", embedding="int8-g16", lm_head="int8-g16")
     after = lower(before, FuseLinear(), torch.arange(10).reshape(2, 5))
     assert body(after) == text("""
-        %0: f32[s0, s1, 32] = qc.cpu_embedding(%input_ids, @table.weight.codes.packed, 24, 32, 8, 16, False, 1, integer)
-        %1: f32[s0, s1, 24] = qc.cpu_linear(%0, @table.weight.codes.packed, None, None, 24, 32, 8, 16, False, 1, integer, float)
+        %0: f32[s0, s1, 32] = qc.cpu_embedding(%input_ids, @table.weight.codes.packed, 24, 32, integer-8-g16-float16)
+        %1: f32[s0, s1, 24] = qc.cpu_linear(%0, @table.weight.codes.packed, None, None, 24, 32, integer-8-g16-float16, float)
         return %1
         """)  # noqa: E501
     assert list(after.weights) == ["table.weight.codes.packed"]

@@ -16,6 +16,7 @@ from qcompile.kernels.cpu.layout import (
     SCALE_DTYPES,
     Coding,
     ScaleDtype,
+    WeightLayout,
     pack_linear,
     packed_size,
     unpack_linear,
@@ -89,9 +90,7 @@ def test_six_bits_are_four_and_two() -> None:
 
 @pytest.mark.parametrize("bits", PACKABLE_BITS)
 def test_weights_take_their_bits_beside_the_scales(bits: int) -> None:
-    size = packed_size(
-        32, 128, bits=bits, group_size=64, has_zero_point=True, scale_dtype="float16"
-    )
+    size = packed_size(32, 128, WeightLayout(bits, 64, has_zero_point=True))
     assert size * 8 == 32 * 128 * bits + 32 * 2 * (16 + 8)
 
 
@@ -134,10 +133,11 @@ def weights(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_unpack_is_the_inverse_of_pack(weight: tuple[dict[str, Any], dict[str, Any]]) -> None:
     tensors, options = weight
     shape = tensors["codes"].shape
-    described = {**options, "has_zero_point": tensors["zero_point"] is not None}
+    layout = WeightLayout(**options, has_zero_point=tensors["zero_point"] is not None)
     packed = pack_linear(**tensors, **options)
-    assert packed.size == packed_size(*shape, **described)
-    back = unpack_linear(packed, *shape, **described)
+    assert packed.size == packed_size(*shape, layout)
+    assert WeightLayout.parse(str(layout)) == layout
+    back = unpack_linear(packed, *shape, layout)
     for name, tensor in tensors.items():
         found = getattr(back, name)
         if tensor is None:
@@ -227,4 +227,4 @@ def test_bad_weights_are_refused(arguments, options, message) -> None:
 
 def test_unpack_refuses_the_wrong_size() -> None:
     with pytest.raises(ValueError, match="packed must be"):
-        unpack_linear(np.zeros(10, np.uint8), 4, 32, bits=4, group_size=0, has_zero_point=False)
+        unpack_linear(np.zeros(10, np.uint8), 4, 32, WeightLayout(4, 0))

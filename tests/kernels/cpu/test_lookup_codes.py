@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from qcompile.backends.cpu.packable import packing_of
+from qcompile.backends.cpu.packable import layout_of
 from qcompile.formats import QuantizedWeight, parse_format
-from qcompile.kernels.cpu.layout import SCALE_DTYPES, pack_linear
+from qcompile.kernels.cpu.layout import pack_linear
 from qcompile.kernels.quantize.reference import dynamic_scale, quantize
 
 # Both sides add the same products in float32, in different orders: the error is a few roundings
@@ -58,32 +58,25 @@ class Weight:
     @property
     def packed(self) -> np.ndarray:
         format, tensors = self.quantized.format, self.quantized.tensors
-        packing = packing_of(format)
+        layout = layout_of(format)
         outer, scale = tensors.get("outer_scale"), tensors["scale"]
-        levels = np.array(format.levels, np.float32) if packing.coding == "table" else None
+        levels = np.array(format.levels, np.float32) if layout.coding == "table" else None
         return pack_linear(
             tensors["codes"].numpy(),
             (scale.float() if scale.is_floating_point() else scale).numpy(),
-            bits=packing.bits,
-            group_size=packing.group_size,
-            scale_dtype=packing.scale_dtype,
-            coding=packing.coding,
+            bits=layout.bits,
+            group_size=layout.group_size,
+            scale_dtype=layout.scale_dtype,
+            coding=layout.coding,
             levels=levels,
             outer_scale=None if outer is None else outer.reshape(-1).numpy(),
         )
 
     @property
     def attributes(self) -> dict[str, int | str]:
-        packing = packing_of(self.quantized.format)
+        layout = layout_of(self.quantized.format)
         n, k = self.quantized.shape
-        return {
-            "N": n,
-            "K": k,
-            "bits": packing.bits,
-            "group_size": packing.group_size,
-            "scale_dtype": SCALE_DTYPES.index(packing.scale_dtype),
-            "coding": packing.coding,
-        }
+        return {"N": n, "K": k, **layout.attributes()}
 
 
 def activations(rows: int, k: int, seed: int = 1) -> np.ndarray:
