@@ -16,7 +16,8 @@ from qcompile.backends.registry import get_target
 from qcompile.errors import QCompileError, RecipeError, TargetError
 from qcompile.estimates import Estimate, estimate
 from qcompile.folding import fold_names
-from qcompile.formats import Format, IntegerFormat, LookupFormat, ScalarFormat
+from qcompile.formats import Format, IntegerFormat, LookupFormat, ScalarFormat, SplitFormat
+from qcompile.formats.dense import DenseFormat
 from qcompile.ir.program import Program
 from qcompile.kernels.lookup.levels import code_bits
 from qcompile.passes.infra import Context, PassRecord
@@ -29,6 +30,7 @@ SCHEMA_VERSION = 1
 """Of `Preflight.to_dict`."""
 
 _EMBEDDINGS = frozenset({Part.TOKEN_EMBEDDING.value, Part.OTHER_EMBEDDING.value})
+_LINEARS = frozenset({Part.LINEAR.value, Part.LM_HEAD.value})
 
 
 @dataclass(frozen=True)
@@ -182,11 +184,23 @@ def _refusal(weight: PlannedWeight, format: Format, capabilities: Capabilities) 
     except QCompileError as error:
         return error.message
     reason = None
-    if not _EMBEDDINGS.issuperset(weight.parts):
+    if isinstance(format, SplitFormat):
+        reason = _part_refusal(weight, format, capabilities)
+    elif not _EMBEDDINGS.issuperset(weight.parts):
         reason = capabilities.weight_format(format)
     if reason is None and not _EMBEDDINGS.isdisjoint(weight.parts):
         reason = capabilities.embedding_format(format)
     return None if reason is None else f"{format}: {reason}"
+
+
+def _part_refusal(
+    weight: PlannedWeight, format: SplitFormat, capabilities: Capabilities
+) -> str | None:
+    """Why the columns of a weight cannot be divided among formats; a float part needs no kernel."""
+    if not _LINEARS.issuperset(weight.parts):
+        return "only weights of linear layers are taken apart"
+    coded = [part for part in format.formats if not isinstance(part, DenseFormat)]
+    return next(filter(None, map(capabilities.weight_format, coded)), None)
 
 
 def _other_format(weight: PlannedWeight, capabilities: Capabilities) -> str:
@@ -201,6 +215,9 @@ def _other_format(weight: PlannedWeight, capabilities: Capabilities) -> str:
 
 def _near(format: Format) -> Iterator[Format]:
     """Formats like one, the nearest first: rather more bits than fewer, rather the same groups."""
+    if isinstance(format, SplitFormat):
+        format = format.base
+        yield format
     if isinstance(format, LookupFormat):
         yield from (replace(format, group_size=size) for size in _near_groups(format.group_size))
         width = code_bits(format.table)

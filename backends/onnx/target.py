@@ -17,6 +17,8 @@ from qcompile.formats.lookup import LookupFormat
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.lower.fix_sizes import FixSizes
+from qcompile.passes.lower.split_linears import SplitLinears
+from qcompile.passes.quantize.activation_formats import ACTIVATION_FORMATS
 from qcompile.progress import Progress
 
 
@@ -54,7 +56,8 @@ class OnnxTarget(Target):
         sizes = {"batch": rows, "query": query, "past": past}
         fixed = {name: size for name, size in sizes.items() if size is not None}
         self._fixed = frozenset(fixed)
-        self._phase = Phase("lower", (FixSizes(fixed),) if fixed else ())
+        sized = (FixSizes(fixed),) if fixed else ()
+        self._phase = Phase("lower", (SplitLinears(), *sized))
 
     @property
     def capabilities(self) -> Capabilities:

@@ -10,6 +10,7 @@ from qcompile.backends.cpu.lower.fuse_siblings import FuseSiblings
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
 from qcompile.passes.lower.limit_logits import LimitLogits
+from qcompile.passes.lower.split_linears import SplitLinears
 
 
 def lower_phase() -> Phase:
@@ -17,6 +18,7 @@ def lower_phase() -> Phase:
     return Phase(
         "lower",
         (
+            SplitLinears(),
             FuseLinear(),
             FuseResidual(),
             FuseAttention(),

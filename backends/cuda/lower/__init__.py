@@ -7,6 +7,7 @@ from qcompile.backends.cuda.lower.round_operands import RoundOperands
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
 from qcompile.passes.lower.limit_logits import LimitLogits
+from qcompile.passes.lower.split_linears import SplitLinears
 
 
 def lower_phase(rounding: str) -> Phase:
@@ -16,5 +17,11 @@ def lower_phase(rounding: str) -> Phase:
         rounding: What tensor cores multiply; see `RoundOperands`.
     """
     # LimitLogits knows the projection to the vocabulary while it is a plain linear.
-    passes = (LimitLogits(), FuseQuantized(), MergeDuplicates(), RoundOperands(rounding))
+    passes = (
+        LimitLogits(),
+        SplitLinears(),
+        FuseQuantized(),
+        MergeDuplicates(),
+        RoundOperands(rounding),
+    )
     return Phase("lower", passes)
