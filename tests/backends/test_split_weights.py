@@ -1,4 +1,4 @@
-"""Layers over split weights on the targets: the numbers of the program, at the size that it says."""
+"""Layers over split weights on the targets: the program's numbers, at the size that it says."""
 
 import numpy as np
 import pytest
