@@ -7,8 +7,7 @@ data: its codes then make up for their errors too.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,14 +18,24 @@ from torch import Tensor, fx
 from qcompile.analysis.stages import stages
 from qcompile.calibration.journal import Journal
 from qcompile.calibration.parallel import ordered_map
-from qcompile.calibration.requests import Request, linear_inputs
+from qcompile.calibration.requests import Request, Statistics, layer_requests
 from qcompile.calibration.settings import Calibration
-from qcompile.calibration.statistics import Hessian
+from qcompile.calibration.statistics import Hessian, Routed
 from qcompile.calibration.stream import Stream, digest_tensor
-from qcompile.formats import Format, QuantizedWeight, ScaleSearch, relative_error
+from qcompile.formats import Format, ScaleSearch
 from qcompile.ir.program import Program
+from qcompile.passes.quantize.journal_entry import pack_outcome, unpack_outcome
+from qcompile.passes.quantize.layer_inputs import Seen, seen_inputs
 from qcompile.passes.quantize.methods import Method, Outcome, Task
-from qcompile.passes.quantize.methods.hessian import Inputs
+from qcompile.passes.quantize.quantized_matrix import (
+    Errors,
+    QuantizedMatrix,
+    quantize_matrix,
+    recall,
+    remember,
+)
+from qcompile.passes.quantize.split_experts import split_experts
+from qcompile.passes.quantize.stacked import join, matrices
 from qcompile.progress import Progress
 
 Sequential = Literal["layer", "block", "none"]
@@ -77,22 +86,26 @@ def quantize_calibrated(
     method: str,
     sequential: Sequential,
     progress: Progress,
+    rounds: int = 1,
 ) -> Iterator[Finished]:
-    """Quantizes weights of linears with methods that look at their inputs.
+    """Quantizes weights of linears and routed experts with methods that look at their inputs.
 
-    The program gets a note, and its graph is not edited. A weight that several linears share is
-    calibrated on the inputs of the first of them. What the journal knows is not done again.
+    The program gets a note, and its graph is not edited. A weight that stands in several places is
+    quantized when the last of them is reached, on the inputs of all. What the journal knows is not
+    done again.
 
     Args:
         program: The float program.
-        jobs: Weights that linears use, and what to do.
+        jobs: Weights that linears and experts use, and what to do.
         calibration: Data, journal and memory limit.
         method: What messages call the method.
         sequential: What the inputs have gone through.
         progress: Told of each micro-batch and each weight.
+        rounds: How often the data goes through the program. From the second time on, weights that
+            are not quantized anew yet are those of the round before, not float ones.
 
     Yields:
-        Finished weights, in the order of the graph.
+        Finished weights of the last round, in the order of the graph.
 
     Raises:
         DataError: There is no calibration data, or it does not fit.
@@ -100,25 +113,32 @@ def quantize_calibrated(
     """
     data = calibration.inputs(program, f"method '{method}'")
     program.notes += (f"weights are calibrated on {data.description}",)
-    steps = _steps(program, jobs, sequential)
-    targets = [value for step in steps for value in step.values]
-    with Stream(
-        program,
-        data,
-        targets,
-        memory_limit=calibration.memory_limit,
-        work_directory=calibration.work_directory,
-        plan=calibration.plan,
-    ) as stream:
-        progress.stage("calibrate and quantize", len(steps) * stream.batches + len(jobs))
-        for step in steps:
-            work = _Work(program, stream, step, calibration.journal, sequential, progress)
-            for finished in work.run():
-                if sequential != "none":
-                    weight = finished.outcome.weight
-                    stream.override(finished.job.name, partial(weight.format.decode, weight))
-                yield finished
-            work.go_on()
+    walked = split_experts(program)
+    steps = _steps(walked, jobs, sequential)
+    decoded: dict[str, Callable[[], Tensor]] = {}
+    for left in reversed(range(rounds)):
+        with Stream(
+            walked,
+            data,
+            [value for step in steps for value in step.values],
+            memory_limit=calibration.memory_limit,
+            work_directory=calibration.work_directory,
+            plan=calibration.plan,
+        ) as stream:
+            for name, value in decoded.items():
+                stream.override(name, value)
+            progress.stage("calibrate and quantize", len(steps) * stream.batches + len(jobs))
+            for number, step in enumerate(steps):
+                later = {value for other in steps[number + 1 :] for value in other.values}
+                work = _Work(walked, stream, step, later, calibration.journal, sequential, progress)
+                for finished in work.run():
+                    weight, name = finished.outcome.weight, finished.job.name
+                    decoded[name] = partial(weight.format.decode, weight)
+                    if sequential != "none":
+                        stream.override(name, decoded[name])
+                    if not left:
+                        yield finished
+                work.go_on()
 
 
 @dataclass(frozen=True)
@@ -126,40 +146,76 @@ class _Step:
     """Weights that are quantized before data flows on.
 
     Attributes:
-        jobs: For each input, the weights that it meets.
+        jobs: Each weight, and what is to be known of its inputs: one request for each place.
         boundary: Where data flows to afterwards, if not as far as the inputs anyway.
     """
 
-    jobs: Mapping[fx.Node, Sequence[Job]]
+    jobs: Mapping[Job, tuple[Request, ...]]
     boundary: tuple[fx.Node, ...] = ()
 
     @property
+    def requests(self) -> list[Request]:
+        """Each once."""
+        return list(dict.fromkeys(r for requests in self.jobs.values() for r in requests))
+
+    @property
     def values(self) -> list[fx.Node]:
-        """The inputs."""
-        return list(self.jobs)
+        """The inputs, and what says which experts see them."""
+        return list(dict.fromkeys(node for request in self.requests for node in request.nodes))
 
 
 def _steps(program: Program, jobs: Sequence[Job], sequential: Sequential) -> list[_Step]:
-    inputs = linear_inputs(program)
+    requests = layer_requests(program, Hessian)
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    by_value: dict[fx.Node, list[Job]] = {}
-    for job in jobs:
-        by_value.setdefault(min(inputs[job.name], key=order.__getitem__), []).append(job)
-    values = sorted(by_value, key=order.__getitem__)
+
+    def last_value(job: Job) -> int:
+        return max(order[node] for request in requests[job.name] for node in request.nodes)
+
+    ordered = sorted(jobs, key=last_value)
     if sequential == "layer":
-        return [_Step({value: by_value[value]}) for value in values]
+        return [_Step(group) for group in _grouped(ordered, last_value, requests).values()]
     parts = stages(program)
     place = {node: stage.index for stage in reversed(parts) for node in stage.nodes}
-    found: dict[int, dict[fx.Node, list[Job]]] = {}
-    for value in values:
-        # Where it is read: the input of the first block is made by none.
-        index = min(place[user] for user in value.users if user in place)
-        found.setdefault(index, {})[value] = by_value[value]
+
+    def last_stage(job: Job) -> int:
+        # Where inputs are read: that of the first block is made by none.
+        return max(
+            min(place[user] for user in request.value.users if user in place)
+            for request in requests[job.name]
+        )
+
     steps = []
-    for index, group in sorted(found.items()):
+    for index, group in sorted(_grouped(ordered, last_stage, requests).items()):
         end = parts[index].boundary if sequential == "block" else None
         steps.append(_Step(group, () if end is None else (end,)))
     return steps
+
+
+def _grouped(
+    jobs: Sequence[Job], place: Callable[[Job], int], requests: Mapping[str, tuple[Request, ...]]
+) -> dict[int, dict[Job, tuple[Request, ...]]]:
+    """Jobs by a place in the program, with their requests."""
+    found: dict[int, dict[Job, tuple[Request, ...]]] = {}
+    for job in jobs:
+        found.setdefault(place(job), {})[job] = requests[job.name]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A weight, or one expert's part of it, before it is quantized.
+
+    Attributes:
+        job: What is to be done with it.
+        index: Which of the weight's matrices it is.
+        task: The same for a method; without inputs.
+        key: What names its outcome in the journal.
+    """
+
+    job: Job
+    index: int
+    task: Task
+    key: str
 
 
 class _Work:
@@ -170,6 +226,7 @@ class _Work:
         program: Program,
         stream: Stream,
         step: _Step,
+        later: Collection[fx.Node],
         journal: Journal | None,
         sequential: Sequential,
         progress: Progress,
@@ -177,6 +234,7 @@ class _Work:
         self._program = program
         self._stream = stream
         self._step = step
+        self._again = [value for value in step.values if value in later]
         self._journal = journal
         self._stay = sequential == "block"
         self._reuse = sequential == "none"
@@ -185,92 +243,99 @@ class _Work:
 
     def run(self) -> Iterator[Finished]:
         """The finished weights of the step, in the order of its jobs."""
-        weights = {
-            job: self._program.weights.materialize(job.name, torch.float32)
-            for jobs in self._step.jobs.values()
-            for job in jobs
+        key = self._stream.key(self._step.values, again=self._again)
+        todo = {job: self._matrices(job, key) for job in self._step.jobs}
+        known = {
+            matrix: recall(self._journal, matrix.key, matrix.task)
+            for matrices in todo.values()
+            for matrix in matrices
         }
-        key = self._stream.key(self._step.values)
-        keys = {
-            job: _key(key, value.name, digest_tensor(weights[job]), repr(job))
-            for value, jobs in self._step.jobs.items()
-            for job in jobs
-        }
-        known = {job: self._recall(job, keys[job], weights[job]) for job in keys}
-        inputs = self._inputs(key) if None in known.values() else {}
-        missing = [job for job, finished in known.items() if finished is None]
-        value_of = {job: value for value, jobs in self._step.jobs.items() for job in jobs}
+        missing = [matrix for matrix, outcome in known.items() if outcome is None]
+        inputs = self._inputs(key) if missing else {}
 
-        def quantize(job: Job) -> Finished:
-            finished = _quantize(job, weights[job], inputs[value_of[job]])
-            self._remember(keys[job], finished)
-            return finished
+        def quantize(matrix: _Matrix) -> QuantizedMatrix:
+            seen = inputs[self._step.jobs[matrix.job]][matrix.index]
+            made = quantize_matrix(matrix.job.method, matrix.task, seen)
+            remember(self._journal, matrix.key, made)
+            return made
 
         made = dict(zip(missing, list(ordered_map(quantize, missing)), strict=True))
-        for job, finished in known.items():
+        for job, parts in todo.items():
             self._progress.advance(1, job.name)
-            yield finished or made[job]
+            yield _finish(job, [known[part] or made[part] for part in parts], self._is_stack(job))
 
     def go_on(self) -> None:
         """Lets data flow past the step."""
         if self._stay or not self._observed:
-            self._stream.skip(self._step.values, instead=self._step.boundary)
+            step = self._step
+            self._stream.skip(step.values, instead=step.boundary, again=self._again)
 
-    def _inputs(self, key: str) -> dict[fx.Node, Inputs]:
-        """What is seen of each input; float inputs may have been seen in an earlier run."""
-        keys = {value: _key(key, value.name, "hessian") for value in self._step.values}
-        if self._reuse and self._journal is not None:
-            tensors = {value: self._journal.get(keys[value]) for value in self._step.values}
-            if None not in tensors.values():
-                self._advance(self._stream.batches)
-                return {v: Inputs(Hessian.of(t)) for v, t in tensors.items() if t is not None}
-        requests = [Request(value, Hessian) for value in self._step.values]
-        found = self._stream.observe(requests, stay=self._stay, on_batch=self._advance)
-        self._observed = True
-        hessians = {value: found.of(value, Hessian) for value in self._step.values}
-        if self._reuse and self._journal is not None:
-            for value, hessian in hessians.items():
-                self._journal.put(keys[value], hessian.tensors())
-        return {value: Inputs(hessian) for value, hessian in hessians.items()}
+    def _matrices(self, job: Job, key: str) -> list[_Matrix]:
+        weight = self._program.weights.materialize(job.name, torch.float32)
+        met = ",".join(node.name for r in self._step.jobs[job] for node in r.nodes)
+        return [
+            _Matrix(
+                job,
+                index,
+                Task(name, matrix, job.format, job.scale_search),
+                _key(key, met, str(index), digest_tensor(matrix), repr(job)),
+            )
+            for index, (name, matrix) in enumerate(matrices(job.name, weight))
+        ]
+
+    def _is_stack(self, job: Job) -> bool:
+        return self._step.jobs[job][0].routing is not None
+
+    def _inputs(self, key: str) -> dict[tuple[Request, ...], list[Seen]]:
+        """What is seen of the inputs; float inputs may have been seen in an earlier run."""
+        found = self._recalled(key) if self._reuse else None
+        if found is None:
+            found = self._stream.observe(
+                self._step.requests, again=self._again, stay=self._stay, on_batch=self._advance
+            )
+            self._observed = True
+            if self._reuse and self._journal is not None:
+                for request in self._step.requests:
+                    self._journal.put(_hessian_key(key, request), _statistic(found, request))
+        else:
+            self._advance(self._stream.batches)
+        return {
+            requests: seen_inputs(found, requests)
+            for requests in dict.fromkeys(self._step.jobs.values())
+        }
+
+    def _recalled(self, key: str) -> Statistics | None:
+        """The statistics of the step, if the journal has them all."""
+        found = Statistics()
+        for request in self._step.requests:
+            stored = (
+                None if self._journal is None else self._journal.get(_hessian_key(key, request))
+            )
+            if stored is None:
+                return None
+            if request.routing is None:
+                found.collected[request.value.name, Hessian, (-1,)] = Hessian.of(stored)
+            else:
+                found.routed[request.value.name, Hessian] = Routed.of(Hessian, stored)
+        return found
 
     def _advance(self, batches: int = 1) -> None:
-        self._progress.advance(batches, next(iter(self._step.jobs.values()))[0].name)
-
-    def _recall(self, job: Job, key: str, weight: Tensor) -> Finished | None:
-        entry = None if self._journal is None else self._journal.get(key)
-        return None if entry is None else unpack(job, tuple(weight.shape), entry)
-
-    def _remember(self, key: str, finished: Finished) -> None:
-        if self._journal is not None:
-            self._journal.put(key, pack(finished))
+        self._progress.advance(batches, next(iter(self._step.jobs)).name)
 
 
-def _quantize(job: Job, weight: Tensor, inputs: Inputs) -> Finished:
-    outcome = job.method.quantize(Task(job.name, weight, job.format, job.scale_search, inputs))
-    decoded = job.format.decode(outcome.weight)
-    error = relative_error(weight, outcome.weight)
-    return Finished(job, outcome, error, inputs.relative_error(weight, decoded))
-
-
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-_TENSOR = "tensor."
+def _finish(job: Job, parts: Sequence[QuantizedMatrix], stacked: bool) -> Finished:
+    outcome = join(job.name, [part.outcome for part in parts], stacked=stacked)
+    errors = sum((part.errors for part in parts), Errors())
+    return Finished(job, outcome, errors.relative_error, errors.output_error)
 
 
 def pack(finished: Finished) -> dict[str, Tensor]:
     """A finished weight as a journal's entry; see `unpack`."""
-    outcome = finished.outcome
-    facts = json.dumps(
-        {
-            "notes": outcome.notes,
-            "relative_error": finished.relative_error,
-            "output_error": finished.output_error,
-        }
-    )
-    entry = {_TENSOR + name: tensor for name, tensor in outcome.weight.tensors.items()}
-    return entry | {"facts": torch.frombuffer(bytearray(facts.encode()), dtype=torch.uint8)}
+    facts = {
+        "relative_error": finished.relative_error,
+        "output_error": finished.output_error,
+    }
+    return pack_outcome(finished.outcome, facts)
 
 
 def unpack(job: Job, shape: tuple[int, ...], entry: Mapping[str, Tensor]) -> Finished:
@@ -281,8 +346,20 @@ def unpack(job: Job, shape: tuple[int, ...], entry: Mapping[str, Tensor]) -> Fin
         shape: Of the weight.
         entry: What `pack` made of it.
     """
-    facts = json.loads(bytes(entry["facts"].tolist()))
-    tensors = {k.removeprefix(_TENSOR): t for k, t in entry.items() if k.startswith(_TENSOR)}
-    weight = QuantizedWeight(job.format, shape, tensors)
-    outcome = Outcome(weight, tuple(facts["notes"]))
-    return Finished(job, outcome, facts["relative_error"], facts["output_error"])
+    outcome, facts = unpack_outcome(job.format, shape, entry)
+    return Finished(job, outcome, **facts)
+
+
+def _hessian_key(key: str, request: Request) -> str:
+    return _key(key, *(node.name for node in request.nodes), "hessian")
+
+
+def _statistic(found: Statistics, request: Request) -> dict[str, Tensor]:
+    """The tensors of what was requested."""
+    if request.routing is None:
+        return found.of(request.value, Hessian).tensors()
+    return found.routed[request.value.name, Hessian].tensors()
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

@@ -9,6 +9,7 @@ from typing import Final, Literal, Protocol
 
 from qcompile.errors import RecipeError
 from qcompile.formats import Format, parse_format
+from qcompile.formats.base import ScalarFormat
 from qcompile.passes.quantize.layers import LayerWeight, Part
 
 FLOAT: Final = "float"
@@ -78,7 +79,7 @@ class FormatPolicy:
         )
 
     def decide(self, weight: LayerWeight) -> Decision:
-        """The format of one weight.
+        """The format of one weight; experts, stacked as they are, need one with a code per weight.
 
         `ignore` wins over `overrides` (of which the last match counts), and these over what the
         weight's part in the model says.
@@ -86,6 +87,12 @@ class FormatPolicy:
         Raises:
             RecipeError: A tied weight is given two formats.
         """
+        decision = self._decide(weight)
+        if Part.EXPERTS in weight.parts and not isinstance(decision.format, ScalarFormat | None):
+            return Decision(None, f"format {decision.format} stores single matrices, no stacks")
+        return decision
+
+    def _decide(self, weight: LayerWeight) -> Decision:
         for pattern in self.ignore:
             if _matches(pattern, weight.name):
                 return Decision(None, f"ignored by pattern '{pattern}'")

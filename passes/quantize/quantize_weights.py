@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-from qcompile.calibration.requests import linear_inputs
 from qcompile.formats import Format, QuantizedWeight, ScaleSearch, relative_error
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
@@ -20,7 +19,7 @@ from qcompile.passes.quantize.stacked import quantize_stacked
 _Chosen = tuple[LayerWeight, Format]
 _Made = tuple[LayerWeight, QuantizedWeight, dict[str, object]]
 
-_LINEARS = frozenset({Part.LINEAR, Part.LM_HEAD})
+_CALIBRATED = frozenset({Part.LINEAR, Part.LM_HEAD, Part.EXPERTS})
 """What layers do that calibration data can say something about."""
 
 
@@ -52,6 +51,9 @@ class QuantizeWeights(Pass):
         sequential: For methods that look at inputs, whose quantized weights these have gone
             through: those of all layers before (``"layer"``), of all decoder blocks before
             (``"block"``), or of none (``"none"``).
+        rounds: How often such methods go through the program. From the second time on inputs have
+            gone through the quantized weights of the round before wherever `sequential` leaves
+            float ones.
         ignore: Patterns on names of weights that stay float.
         embedding: Format of the token embedding, or ``"float"``. None: that of lm_head where both
             are one tensor, else it stays float.
@@ -75,6 +77,7 @@ class QuantizeWeights(Pass):
         options: Mapping[str, Any] | None = None,
         scale_search: ScaleSearch = "absmax",
         sequential: Sequential = "layer",
+        rounds: int = 1,
         ignore: Iterable[str] = (),
         embedding: str | Format | None = None,
         lm_head: str | Format | None = None,
@@ -83,6 +86,7 @@ class QuantizeWeights(Pass):
         self._method_name = method
         self._method = make_method(method, options)
         self._sequential: Sequential = sequential
+        self._rounds = rounds
         self._policy = FormatPolicy.of(
             format, embedding=embedding, lm_head=lm_head, ignore=ignore, overrides=overrides
         )
@@ -110,11 +114,10 @@ class QuantizeWeights(Pass):
                 result.skips.append(Skip(weight.name, decision.reason))
             else:
                 chosen.append((weight, decision.format))
-        inputs = linear_inputs(program)
         calibrated = {
             weight.name
             for weight, _ in chosen
-            if self._method.statistics and weight.parts <= _LINEARS and weight.name in inputs
+            if self._method.statistics and weight.parts <= _CALIBRATED
         }
         made = [
             *self._by_weight(program, [c for c in chosen if c[0].name not in calibrated], context),
@@ -158,6 +161,7 @@ class QuantizeWeights(Pass):
             method=self._method_name,
             sequential=self._sequential,
             progress=context.progress,
+            rounds=self._rounds,
         ):
             weight, outcome = by_name[finished.job.name], finished.outcome
             record = _record(weight, self._method_name, outcome, finished.relative_error)

@@ -9,12 +9,26 @@ from typing import TypeVar, cast
 import torch
 from torch import fx
 
-from qcompile.calibration.statistics import Statistic
+from qcompile.calibration.statistics import Routed, Statistic
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 
 S = TypeVar("S", bound=Statistic)
 
 _LINEAR = torch.ops.aten.linear.default
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts see which rows of a value.
+
+    Attributes:
+        index: A node that yields the experts of each row, [T, C] int64.
+        experts: How many there are.
+    """
+
+    index: fx.Node
+    experts: int
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,19 @@ class Request:
         value: A node that yields a floating tensor.
         statistic: Makes an empty statistic: a class such as `Hessian`, or a partial of one.
         channels: The axes that are channels, counted from the end; all others are rows.
+        routing: If given, one statistic is collected for each expert, of the rows that it sees.
+            The value is then [T, K], or [T, C, K] with a row for each choice.
     """
 
     value: fx.Node
     statistic: Callable[[], Statistic]
     channels: tuple[int, ...] = (-1,)
+    routing: Routing | None = None
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All values that have to be known."""
+        return (self.value,) if self.routing is None else (self.value, self.routing.index)
 
 
 @dataclass
@@ -39,12 +61,14 @@ class Statistics:
     Attributes:
         inputs: For each weight of a linear, by name, the values that the linears multiply with it.
         collected: By name of the value, type of the statistic and channel axes.
+        routed: By name of the value and type of the statistic: one for each expert.
     """
 
     inputs: Mapping[str, tuple[fx.Node, ...]] = field(default_factory=dict)
     collected: dict[tuple[str, type[Statistic], tuple[int, ...]], Statistic] = field(
         default_factory=dict
     )
+    routed: dict[tuple[str, type[Statistic]], Routed] = field(default_factory=dict)
 
     def of(self, value: fx.Node, kind: type[S], channels: tuple[int, ...] = (-1,)) -> S:
         """The statistic of one kind of a value.
@@ -53,6 +77,14 @@ class Statistics:
             KeyError: It was not requested.
         """
         return cast(S, self.collected[value.name, kind, channels])
+
+    def of_experts(self, value: fx.Node, kind: type[S]) -> list[S]:
+        """The statistics of one kind of the rows that each expert sees of a value.
+
+        Raises:
+            KeyError: They were not requested.
+        """
+        return cast("list[S]", self.routed[value.name, kind].parts)
 
     def of_weight(self, name: str, kind: type[S]) -> S:
         """The statistic of what is multiplied with a weight, by the weight's name.
@@ -83,3 +115,32 @@ def linear_inputs(program: Program) -> dict[str, tuple[fx.Node, ...]]:
         if isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(value, fx.Node):
             found.setdefault(str(weight.target), {})[value] = None
     return {name: tuple(values) for name, values in found.items()}
+
+
+def layer_requests(
+    program: Program, statistic: Callable[[], Statistic]
+) -> dict[str, tuple[Request, ...]]:
+    """For each float weight of linears and routed experts, by name, what it is multiplied with.
+
+    Experts are seen where they are two operators, `qc.expert_hidden` and `qc.expert_output`: what
+    the second matrices read is no value of `qc.experts`.
+
+    Args:
+        program: The program.
+        statistic: What is wanted of each value.
+    """
+    found = {
+        name: tuple(Request(value, statistic) for value in values)
+        for name, values in linear_inputs(program).items()
+    }
+    for call in program.calls(dialect.expert_hidden, dialect.expert_output):
+        value, index = call.args[:2]
+        weight = call.args[2 if call.target is dialect.expert_hidden else 3]
+        assert isinstance(value, fx.Node)
+        assert isinstance(index, fx.Node)
+        if isinstance(weight, fx.Node) and weight.op == "get_attr":
+            routing = Routing(index, int(weight.meta["val"].shape[0]))
+            request = Request(value, statistic, routing=routing)
+            name = str(weight.target)
+            found[name] = tuple(dict.fromkeys((*found.get(name, ()), request)))
+    return found

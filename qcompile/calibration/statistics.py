@@ -8,7 +8,7 @@ so that results do not depend on the number of threads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -70,7 +70,8 @@ class Hessian(Statistic):
 
     def update(self, rows: Tensor) -> None:
         """Adds rows, float32 [n, K]."""
-        self._add(gram(rows), len(rows))
+        if len(rows):
+            self._add(gram(rows), len(rows))
 
     def merge(self, other: Self) -> None:
         """Adds all that `other` saw."""
@@ -83,7 +84,9 @@ class Hessian(Statistic):
 
     def _add(self, part: Tensor, count: int) -> None:
         if count:
-            self.sum = part.to(torch.float64) if self.count == 0 else self.sum.add_(part)
+            # A copy: what another one summed up must not change with this one.
+            first = self.count == 0
+            self.sum = part.to(torch.float64, copy=True) if first else self.sum.add_(part)
             self.count += count
 
 
@@ -292,6 +295,69 @@ class Rows(Statistic):
 
     def _add(self, kept: Tensor) -> None:
         self.values = torch.cat((self.values, kept)) if self.values.numel() else kept
+
+
+class Routed:
+    """One statistic for each expert, of the rows that are routed to it.
+
+    What a micro-batch sees is kept as rows until it is merged: the few that an expert sees are
+    smaller than, say, their second moments.
+
+    Args:
+        make: Makes an empty statistic.
+        experts: Number of experts.
+
+    Attributes:
+        parts: The statistic of each expert.
+    """
+
+    def __init__(self, make: Callable[[], Statistic], experts: int) -> None:
+        self.parts = [make() for _ in range(experts)]
+        self._waiting: list[Tensor] = []
+
+    def update(self, rows: Tensor, index: Tensor) -> None:
+        """Takes what one micro-batch has.
+
+        Args:
+            rows: float32 [T, K], or [T, C, K] with a row for each choice.
+            index: The experts of each row, [T, C] int64.
+        """
+        if rows.ndim == index.ndim:
+            rows = rows.unsqueeze(1).expand(*index.shape, rows.shape[-1])
+        self._waiting = [rows[index == expert] for expert in range(len(self.parts))]
+
+    def merge(self, other: Routed) -> None:
+        """Adds the micro-batch that `other` took."""
+        for part, rows in zip(self.parts, other._waiting, strict=True):
+            part.update(rows)
+
+    def finite(self) -> bool:
+        """Whether all rows were finite."""
+        return all(part.finite() for part in self.parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was merged, for the journal."""
+        return {
+            f"{expert}.{name}": tensor
+            for expert, part in enumerate(self.parts)
+            for name, tensor in part.tensors().items()
+        }
+
+    @classmethod
+    def of(cls, kind: type[Statistic], tensors: Mapping[str, Tensor]) -> Routed:
+        """The inverse of `tensors`.
+
+        Args:
+            kind: Of the statistics.
+            tensors: What `tensors` gave.
+        """
+        by_expert: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            expert, _, name = key.partition(".")
+            by_expert.setdefault(int(expert), {})[name] = tensor
+        made = cls(kind, len(by_expert))
+        made.parts = [kind.of(by_expert[expert]) for expert in range(len(by_expert))]
+        return made
 
 
 def gram(rows: Tensor) -> Tensor:

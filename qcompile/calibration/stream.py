@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,9 +25,9 @@ from torch import Tensor, fx
 from qcompile.analysis.stages import Flow
 from qcompile.calibration.attention import attention
 from qcompile.calibration.parallel import fast_products, ordered_map
-from qcompile.calibration.requests import Request, Statistics, linear_inputs
+from qcompile.calibration.requests import Request, Statistics, layer_requests, linear_inputs
 from qcompile.calibration.samples import CalibrationData
-from qcompile.calibration.statistics import Statistic
+from qcompile.calibration.statistics import Routed, Statistic
 from qcompile.calibration.store import ActivationStore, release_freed_memory
 from qcompile.errors import DataError, ModelError
 from qcompile.formats.row_blocks import operators_on_one_thread
@@ -138,30 +138,39 @@ class Stream:
         self._overrides[name] = value
         self._prepared = None
 
-    def key(self, values: Sequence[fx.Node]) -> str:
+    def key(self, values: Sequence[fx.Node], *, again: Collection[fx.Node] = ()) -> str:
         """A hash of all that decides about some values: what `observe` would collect of them.
 
         Of the data, the numeric plan, and every node and weight that led here, by contents.
 
         Args:
             values: As `observe` will be asked for.
+            again: Those of them that will be asked for once more, later.
         """
-        return self._prepare(values, leaving=values).key
+        return self._prepare(values, leaving=_without(values, again)).key
 
-    def skip(self, values: Sequence[fx.Node], *, instead: Sequence[fx.Node] = ()) -> None:
+    def skip(
+        self,
+        values: Sequence[fx.Node],
+        *,
+        instead: Sequence[fx.Node] = (),
+        again: Collection[fx.Node] = (),
+    ) -> None:
         """Goes on as if some values had been observed; computes them only if it must, later.
 
         Args:
-            values: Among the targets; they will not be asked for any more.
+            values: Among the targets.
             instead: Where to go on to, if not as far as `values`: nodes behind them.
+            again: Those of the values that will be asked for once more, later.
         """
+        leaving = _without(values, again)
         if instead:
-            self._pending.difference_update(values)
+            self._pending.difference_update(leaving)
             prepared = self._prepare(instead, leaving=())
         else:
-            prepared = self._prepare(values, leaving=values)
+            prepared = self._prepare(values, leaving=leaving)
         self._skipped.append((prepared.part, dict(self._overrides)))
-        self._advance(prepared, values)
+        self._advance(prepared, leaving)
 
     def reach(
         self, values: Sequence[fx.Node], *, on_batch: Callable[[], None] | None = None
@@ -197,6 +206,7 @@ class Stream:
         self,
         requests: Sequence[Request],
         *,
+        again: Collection[fx.Node] = (),
         stay: bool = False,
         on_batch: Callable[[], None] | None = None,
     ) -> Statistics:
@@ -204,6 +214,7 @@ class Stream:
 
         Args:
             requests: Of values among the targets; their order does not matter.
+            again: Those of the values that will be asked for once more, later.
             stay: Whether to run this part again later, with other weights perhaps. What is
                 computed is then not kept.
             on_batch: Called after each micro-batch.
@@ -212,12 +223,13 @@ class Stream:
             DataError: A node cannot run on this data.
             ModelError: A value is not finite.
         """
-        values = list(dict.fromkeys(request.value for request in requests))
-        prepared = self._prepare(values, leaving=values)
+        values = list(dict.fromkeys(node for request in requests for node in request.nodes))
+        leaving = _without(values, again)
+        prepared = self._prepare(values, leaving=leaving)
         self._catch_up()
         totals = self._run(prepared.part, prepared.constants, requests, stay, on_batch)
         if not stay:
-            self._advance(prepared, values)
+            self._advance(prepared, leaving)
         return self._results(requests, totals)
 
     def _catch_up(self) -> None:
@@ -233,27 +245,23 @@ class Stream:
         requests: Sequence[Request],
         stay: bool,
         on_batch: Callable[[], None] | None,
-    ) -> list[Statistic]:
+    ) -> list[Statistic | Routed]:
         """Computes a part for all micro-batches and stores what is needed of it later."""
 
-        def compute(batch: int) -> tuple[dict[fx.Node, Any], list[Statistic]]:
+        def compute(batch: int) -> tuple[dict[fx.Node, Any], list[Statistic | Routed]]:
             env = {**constants, **{node: self._store.get(batch, node) for node in part.reads}}
             for node in part.nodes:
                 env[node] = self._compute(node, env)
                 for value in part.releases.get(node, ()):
                     del env[value]
-            seen = []
-            for request in requests:
-                statistic = request.statistic()
-                statistic.update(rows_of(env[request.value], request.channels))
-                seen.append(statistic)
+            seen = [_see(request, env) for request in requests]
             return ({} if stay else {node: env[node] for node in part.keeps}), seen
 
-        totals = [request.statistic() for request in requests]
+        totals = [_empty(request) for request in requests]
         with fast_products():
             for batch, (values, seen) in enumerate(ordered_map(compute, range(self.batches))):
                 for total, more in zip(totals, seen, strict=True):
-                    total.merge(more)
+                    total.merge(more)  # type: ignore[arg-type]  # both are made by one request
                 for node in () if stay else part.drops:
                     self._store.drop(batch, node)
                 for node, value in values.items():
@@ -352,18 +360,32 @@ class Stream:
         hook = self._hooks.get(node)
         return value if hook is None else hook(value)
 
-    def _results(self, requests: Sequence[Request], totals: Sequence[Statistic]) -> Statistics:
+    def _results(
+        self, requests: Sequence[Request], totals: Sequence[Statistic | Routed]
+    ) -> Statistics:
         result = Statistics(self._inputs)
         for request, total in zip(requests, totals, strict=True):
             if not total.finite():
-                readers = [name for name, v in self._inputs.items() if request.value in v]
+                readers = self._readers(request)
                 met = f", the input of {', '.join(readers)}," if readers else ""
                 raise ModelError(
                     f"value '{request.value.name}'{met} is not finite on the calibration data",
                     remedy="its weights or its arithmetic overflow: check the model in float32",
                 )
-            result.collected[request.value.name, type(total), request.channels] = total
+            if isinstance(total, Routed):
+                result.routed[request.value.name, type(total.parts[0])] = total
+            else:
+                result.collected[request.value.name, type(total), request.channels] = total
         return result
+
+    def _readers(self, request: Request) -> list[str]:
+        """The weights that a value is multiplied with, by name."""
+        matching = layer_requests(self._program, request.statistic)
+        return [
+            name
+            for name, requests in matching.items()
+            if (request.value, request.routing) in [(r.value, r.routing) for r in requests]
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,6 +466,27 @@ class _Prepared:
     part: _Part
     constants: Mapping[fx.Node, Any]
     key: str
+
+
+def _without(values: Sequence[fx.Node], others: Collection[fx.Node]) -> list[fx.Node]:
+    return [value for value in values if value not in others]
+
+
+def _empty(request: Request) -> Statistic | Routed:
+    if request.routing is None:
+        return request.statistic()
+    return Routed(request.statistic, request.routing.experts)
+
+
+def _see(request: Request, env: Mapping[fx.Node, Any]) -> Statistic | Routed:
+    """What one micro-batch has of a value."""
+    seen, value = _empty(request), env[request.value]
+    if isinstance(seen, Routed):
+        assert request.routing is not None
+        seen.update(value.to(torch.float32), env[request.routing.index])
+    else:
+        seen.update(rows_of(value, request.channels))
+    return seen
 
 
 def _digest(*parts: str) -> str:

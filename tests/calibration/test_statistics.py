@@ -8,6 +8,7 @@ from qcompile.calibration.statistics import (
     ChannelRange,
     Hessian,
     Histogram,
+    Routed,
     RowAbsmax,
     Rows,
     gram,
@@ -111,3 +112,37 @@ def test_rows_are_kept_as_they_are_and_spread():
 def test_nothing_seen_is_no_error():
     for kind in (Hessian, ChannelRange, ChannelMoments, Histogram, Rows):
         assert of(kind, torch.empty(0, 5)).finite()
+
+
+def test_sum_that_others_are_added_to_leaves_theirs_alone():
+    one, other, total = Hessian(), Hessian(), Hessian()
+    one.update(torch.eye(3))
+    other.update(2 * torch.eye(3))
+    total.merge(one)
+    total.merge(other)
+    assert torch.equal(one.sum, torch.eye(3, dtype=torch.float64))
+    assert torch.equal(total.sum, 5 * torch.eye(3, dtype=torch.float64))
+
+
+def test_routed_rows_reach_their_expert_and_no_other():
+    values = torch.arange(8.0).reshape(4, 2)
+    index = torch.tensor([[0, 2], [2, 1], [0, 1], [3, 2]])  # 3 names no expert
+    total = Routed(lambda: Rows(every=1), 3)
+    for part in (slice(0, 2), slice(2, 4)):
+        seen = Routed(lambda: Rows(every=1), 3)
+        seen.update(values[part], index[part])
+        total.merge(seen)
+    assert [p.values[:, 0].tolist() for p in total.parts] == [[0, 4], [2, 4], [0, 2, 6]]
+
+
+def test_routed_rows_of_each_choice_reach_the_expert_that_is_chosen():
+    values = torch.arange(8.0).reshape(2, 2, 2)
+    seen, total = Routed(Hessian, 2), Routed(Hessian, 2)
+    seen.update(values, torch.tensor([[0, 1], [1, 0]]))
+    total.merge(seen)
+    assert [part.count for part in total.parts] == [2, 2]
+    expected = values[0, 1].outer(values[0, 1]) + values[1, 0].outer(values[1, 0])
+    assert torch.equal(total.parts[1].sum.float(), expected)
+    again = Routed.of(Hessian, total.tensors())
+    assert [part.count for part in again.parts] == [2, 2]
+    assert torch.equal(again.parts[0].sum, total.parts[0].sum)

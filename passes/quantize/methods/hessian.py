@@ -65,6 +65,15 @@ class Inputs:
                 )
             return self._made[key]
 
+    def energy(self, weight: Tensor) -> float:
+        """Mean square of the layer's output on these inputs, summed over outputs.
+
+        Args:
+            weight: float32 [N, K], or an error of one.
+        """
+        matrix = self.hessian.matrix.to(torch.float32)
+        return float((weight @ matrix).mul_(weight).sum(dtype=torch.float64))
+
     def relative_error(self, weight: Tensor, decoded: Tensor) -> float:
         """Mean squared error of the layer's output over its mean square, on these inputs.
 
@@ -72,13 +81,8 @@ class Inputs:
             weight: float32 [N, K].
             decoded: What stands for it, float32 [N, K].
         """
-        matrix = self.hessian.matrix.to(torch.float32)
-
-        def energy(rows: Tensor) -> float:
-            return float((rows @ matrix).mul_(rows).sum(dtype=torch.float64))
-
-        whole = energy(weight)
-        return energy(weight - decoded) / whole if whole > 0 else 0.0
+        whole = self.energy(weight)
+        return self.energy(weight - decoded) / whole if whole > 0 else 0.0
 
 
 def feedback(

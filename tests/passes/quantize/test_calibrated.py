@@ -102,6 +102,59 @@ def test_inputs_have_gone_through_the_quantized_weights_that_they_should(sequent
         x = x + torch.relu(x @ quantized_first.T + bias) @ quantized_second.T
 
 
+@pytest.mark.parametrize("sequential", ["block", "none"])
+def test_second_round_goes_through_the_weights_of_the_first(sequential):
+    program, data = make()
+    first_round, _ = quantize(program, data, sequential=sequential)
+    after, _ = quantize(program, data, sequential=sequential, rounds=2)
+    x = torch.cat(data.samples)
+    for block in range(2):
+        names = [f"{block}.{n}.weight" for n in ("first", "second")]
+        first, second = (program.weights.materialize(name) for name in names)
+        bias = program.weights.materialize(f"{block}.first.bias")
+        quantized = gptq(first, x)
+        assert torch.equal(decoded(after, names[0]), quantized)
+        inner = torch.relu(x @ decoded(first_round, names[0]).T + bias)
+        assert torch.equal(decoded(after, names[1]), gptq(second, inner))
+        known = after if sequential == "block" else first_round
+        in_use = [decoded(known, name) for name in names]
+        x = x + torch.relu(x @ in_use[0].T + bias) @ in_use[1].T
+
+
+class Shared(nn.Module):
+    """One linear in two places, and another one that reads what the first place does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.shared = nn.Linear(width, width, bias=False)
+        self.other = nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        y = torch.relu(self.shared(x)) + self.other(x)
+        return y + self.shared(y)
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_shared_weight_is_calibrated_on_what_all_its_places_read(tmp_path, sequential):
+    torch.manual_seed(0)
+    program = capture_module(Shared(24), torch.randn(5, 24))
+    for phase in front_phases():
+        program = run_passes(program, list(phase.passes))
+    data = ExampleInputs(list(torch.randn(4, 32, 24)))
+    after, _ = quantize(program, data, Journal(tmp_path), sequential=sequential)
+    shared, other = (program.weights.materialize(f"{n}.weight") for n in ("shared", "other"))
+    seen = gptq(other, torch.cat(data.samples)) if sequential == "layer" else other
+    hessians = [Hessian(), Hessian()]
+    for x in data.samples:
+        y = torch.relu(x @ shared.T) + x @ seen.T
+        for hessian, rows in zip(hessians, (x, y), strict=True):
+            hessian.update(rows)
+    hessians[0].merge(hessians[1])
+    outcome = Gptq().quantize(Task("w", shared, FORMAT, "absmax", Inputs(hessians[0])))
+    assert torch.equal(decoded(after, "shared.weight"), FORMAT.decode(outcome.weight))
+    assert_same(after, quantize(program, data, Journal(tmp_path), sequential=sequential)[0])
+
+
 def test_record_tells_method_and_errors():
     program, data = make()
     _, records = quantize(program, data)

@@ -4,12 +4,20 @@ import pytest
 import torch
 from tests.passes.quantize.moe import experts
 
+from qcompile.calibration.journal import Journal
+from qcompile.calibration.samples import ExampleInputs
+from qcompile.calibration.settings import Calibration
+from qcompile.calibration.statistics import Hessian
+from qcompile.calibration.stream import Stream
 from qcompile.errors import ModelError
 from qcompile.formats import QuantizedWeight, parse_format, stored_weight
 from qcompile.ir import dialect
-from qcompile.passes.infra import PassManager, run_passes
+from qcompile.passes.infra import Context, PassManager, run_passes
 from qcompile.passes.quantize.bits import count_bits
 from qcompile.passes.quantize.layers import Part, layer_weights
+from qcompile.passes.quantize.methods import Task
+from qcompile.passes.quantize.methods.gptq import Gptq
+from qcompile.passes.quantize.methods.hessian import Inputs
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
 
@@ -77,3 +85,133 @@ def test_weight_that_is_not_finite_names_the_expert():
     program.weights.put("up", broken)
     with pytest.raises(ModelError, match=r"weight 'up\[2\]' contains NaN"):
         run_passes(program, [QuantizeWeights("int4-g16")])
+
+
+FORMAT = parse_format("int3-g16-asym")
+FEW = "few tokens were routed here, so what all experts read counts as well"
+
+
+def calibrate(program, samples, method="gptq", journal=None, **options):
+    """The program after a calibrated method, and the record of each weight."""
+    step = QuantizeWeights(FORMAT, method=method, ignore=["router*", "shared*"], **options)
+    context = Context(calibration=Calibration(ExampleInputs(samples), journal=journal))
+    after, records = PassManager([step]).run(program, context)
+    return after, {detail["weight"]: detail for detail in records[0].result.details}
+
+
+def gptq(weight, parts, extra=None):
+    """A matrix after GPTQ on rows, micro-batch by micro-batch, and perhaps on second moments."""
+    hessian = Hessian()
+    for rows in parts:
+        hessian.update(rows)
+    if extra is not None:
+        hessian.merge(extra)
+    outcome = Gptq().quantize(Task("w", weight, FORMAT, "absmax", Inputs(hessian)))
+    return FORMAT.decode(outcome.weight)
+
+
+def routed_rows(program, samples, expert):
+    """What an expert reads of each micro-batch."""
+    router = program.weights.materialize("router.weight")
+    bias = program.weights.materialize("router.bias")
+    for x in samples:
+        index = (x @ router.T + bias).softmax(-1).topk(2).indices
+        yield x[(index == expert).any(-1)]
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_each_expert_is_calibrated_on_the_rows_that_are_routed_to_it(sequential):
+    program = experts()
+    samples = list(torch.randn(3, 128, 32))
+    after, records = calibrate(program, samples, sequential=sequential)
+    up, down = (program.weights.materialize(name) for name in ("up", "down"))
+    for expert in range(4):
+        rows = list(routed_rows(program, samples, expert))
+        quantized = gptq(up[expert], rows)
+        assert torch.equal(decoded(after, "up")[expert], quantized)
+        seen = quantized if sequential == "layer" else up[expert]
+        gates = [(x @ seen.T).chunk(2, -1) for x in rows]
+        hidden = [torch.nn.functional.silu(gate) * other for gate, other in gates]
+        assert torch.equal(decoded(after, "down")[expert], gptq(down[expert], hidden))
+    assert "notes" not in records["up"]
+    assert 0 < records["up"]["output_error"] < records["up"]["relative_error"]
+
+
+def test_expert_that_sees_few_rows_is_calibrated_on_what_all_of_them_see():
+    program = experts(favourite=1)
+    samples = list(torch.randn(2, 24, 32))
+    after, records = calibrate(program, samples)
+    weight = program.weights.materialize("up")
+    seen = [list(routed_rows(program, samples, expert)) for expert in range(4)]
+    everyone = Hessian()
+    for rows in seen:
+        for part in rows:
+            everyone.update(part)
+    few = [expert for expert in range(4) if sum(map(len, seen[expert])) < 32]
+    assert few == [0, 2, 3]
+    for expert in range(4):
+        missing = max(0, 32 - sum(map(len, seen[expert])))
+        extra = Hessian(everyone.matrix * missing, missing) if missing else None
+        assert torch.equal(decoded(after, "up")[expert], gptq(weight[expert], seen[expert], extra))
+    assert records["up"]["notes"] == [f"experts 0, 2, 3: {FEW}"]
+
+
+def test_expert_that_sees_nothing_is_calibrated_on_what_the_others_see():
+    program = experts(count=6, favourite=1)
+    bias = program.weights.materialize("router.bias").clone()
+    bias[5] = -100
+    program.weights.put("router.bias", bias)
+    after, _ = calibrate(program, list(torch.randn(2, 64, 32)))
+    weight = program.weights.materialize("up")[5]
+    error = (decoded(after, "up")[5] - weight).norm() / weight.norm()
+    assert 0 < error < 0.3
+
+
+@pytest.mark.parametrize("method", ["gptq", "magr"])
+def test_calibrated_experts_leave_less_error_than_rounded_ones(method):
+    program = experts()
+    samples = list(torch.randn(4, 128, 8) @ torch.randn(8, 32))  # inputs that depend on each other
+    rounded, _ = calibrate(program, samples, method="rtn")
+    calibrated, _ = calibrate(program, samples, method=method)
+    x = torch.cat(samples)
+    errors = [(p(x) - program(x)).norm() for p in (calibrated, rounded)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block", "none"])
+def test_journal_keeps_every_expert(tmp_path, monkeypatch, sequential):
+    program, samples = experts(), list(torch.randn(2, 96, 32))
+    journal = Journal(tmp_path)
+    first, records = calibrate(program, samples, journal=journal, sequential=sequential)
+    monkeypatch.setattr(Gptq, "quantize", None)
+    monkeypatch.setattr(Stream, "observe", None)
+    again, same = calibrate(program, samples, journal=journal, sequential=sequential)
+    assert torch.equal(decoded(first, "down"), decoded(again, "down"))
+    assert same == records
+
+
+def test_float_hessians_of_experts_are_found_by_a_second_recipe(tmp_path, monkeypatch):
+    program, samples = experts(), list(torch.randn(2, 96, 32))
+    journal = Journal(tmp_path)
+    calibrate(program, samples, journal=journal, sequential="none")
+    options = {"sequential": "none", "options": {"act_order": True}}
+    expected, _ = calibrate(program, samples, **options)
+    monkeypatch.setattr(Stream, "observe", None)
+    found, _ = calibrate(program, samples, journal=journal, **options)
+    assert torch.equal(decoded(found, "up"), decoded(expected, "up"))
+    assert torch.equal(decoded(found, "down"), decoded(expected, "down"))
+
+
+def test_inputs_of_experts_that_are_not_finite_name_the_weight():
+    program = experts()
+    program.weights.put("up", torch.full((4, 48, 32), 1e38))
+    with pytest.raises(ModelError, match=r"the input of down, is not finite"):
+        calibrate(program, list(torch.randn(2, 96, 32)), sequential="none")
+
+
+def test_formats_of_single_matrices_leave_experts_float():
+    _, records = PassManager([QuantizeWeights("int4-g16+2xfp16", method="owq")]).run(
+        experts(), Context(calibration=Calibration(ExampleInputs([torch.randn(64, 32)])))
+    )
+    reasons = {skip.node: skip.reason for skip in records[0].result.skips}
+    assert reasons["up"] == "format int4-g16+2xfp16 stores single matrices, no stacks"
