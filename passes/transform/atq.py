@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import Tensor
 
 from qcompile.formats import Format
 from qcompile.passes.transform.smooth import Smooth
-from qcompile.passes.transform.smoothing.objective import Objective, ReaderSamples
+from qcompile.passes.transform.smoothing.objective import Objective, Rounded, row_energies
 
 
 class TriangleBound(Objective):
-    """The sum of a layer's two rounding errors, each over the size of its output.
+    """The sum of a layer's two rounding errors, each relative as `Objective` measures errors.
 
     With weights W rounded to Q and inputs X to Y, the error of the layer is bounded by
     ``|X W^T - Y Q^T| <= |X (W - Q)^T| + |(X - Y) Q^T|``: what a quantizer of weights makes small,
@@ -20,15 +21,13 @@ class TriangleBound(Objective):
     that happen to cancel on the samples.
     """
 
-    def _error(self, sample: ReaderSamples, output: Tensor, scale: Tensor) -> float:
-        format = self._rounding.weights
-        scaled = sample.weight * scale
-        weight = format.decode(format.encode(scaled, name=sample.reader.weight))
-        rows = sample.rows / scale
-        rounded = self._rounded(rows, float((sample.largest / scale).max()))
-        errors = (rows @ (scaled - weight).T, (rows - rounded) @ weight.T)
-        size = max(float(output.norm()), _TINY)
-        return sum(float(error.norm()) for error in errors) / size
+    def error(self, output: Tensor, found: Rounded) -> float:
+        """The bound for one reader; see `Objective.error`."""
+        of_weight = found.rows @ (found.weight - found.rounded_weight).T
+        of_rows = (found.rows - found.rounded_rows) @ found.rounded_weight.T
+        energies = row_energies(output)
+        means = [float((e.square().sum(1) / energies).mean()) for e in (of_weight, of_rows)]
+        return sum(math.sqrt(mean) for mean in means)
 
 
 class Atq(Smooth):
@@ -59,6 +58,3 @@ class Atq(Smooth):
         ignore: Iterable[str] = (),
     ) -> None:
         super().__init__(weights=weights, activations=activations, ignore=ignore)
-
-
-_TINY = 1e-30

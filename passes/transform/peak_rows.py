@@ -1,24 +1,28 @@
-"""The rows of an activation that are hardest to quantize per token."""
+"""The rows of an activation that are hardest to quantize."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qcompile.calibration.statistics import Statistic
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 @dataclass(eq=False)
-class PeakRows(Statistic):
-    """The rows whose largest magnitude is largest relative to their root mean square.
+class LargestRows(Statistic):
+    """The rows of largest magnitude: what decides about a scale that all tokens share.
 
-    With a scale per token, the error of a row relative to its size grows with this ratio and with
-    nothing else.
+    In language models these are often those of the first token of a text, thousands of times as
+    large as others.
 
     Attributes:
-        values: Each divided by its root mean square: float32 [rows kept, K], the worst first.
+        values: float32 [rows kept, K], the largest first.
         keep: How many rows are kept.
     """
 
@@ -27,9 +31,9 @@ class PeakRows(Statistic):
 
     def update(self, rows: Tensor) -> None:
         """Adds rows, float32 [n, K]."""
-        self._add(unit_rows(rows))
+        self._add(rows)
 
-    def merge(self, other: PeakRows) -> None:
+    def merge(self, other: Self) -> None:
         """Adds all that `other` saw."""
         self._add(other.values)
 
@@ -38,6 +42,19 @@ class PeakRows(Statistic):
         if rows.numel():
             worst = torch.argsort(rows.abs().amax(1), descending=True, stable=True)
             self.values = rows[worst[: self.keep]]
+
+
+@dataclass(eq=False)
+class PeakRows(LargestRows):
+    """The rows whose largest magnitude is largest relative to their root mean square.
+
+    With a scale per token, the error of a row relative to its size grows with this ratio and with
+    nothing else. Each row is kept divided by its root mean square.
+    """
+
+    def update(self, rows: Tensor) -> None:
+        """Adds rows, float32 [n, K]."""
+        super().update(unit_rows(rows))
 
 
 def unit_rows(rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from qcompile.analysis.roles import NORMED
 from qcompile.calibration.requests import Request, Statistics
 from qcompile.calibration.statistics import ChannelMoments, ChannelRange, Rows, Statistic
 from qcompile.errors import RecipeError
@@ -19,6 +20,7 @@ from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
 from qcompile.passes.measure import measure
 from qcompile.passes.quantize.policy import matches_any
 from qcompile.passes.transform.absorb import absorb
+from qcompile.passes.transform.peak_rows import LargestRows
 from qcompile.passes.transform.smoothing.methods import RULES, Magnitudes, ScaleRule
 from qcompile.passes.transform.smoothing.objective import Objective, ReaderSamples, Rounding
 from qcompile.passes.transform.smoothing.scale_sites import (
@@ -27,12 +29,18 @@ from qcompile.passes.transform.smoothing.scale_sites import (
     find_scale_sites,
     find_shift_sites,
 )
-from qcompile.passes.transform.values import Diagonal, Shift
+from qcompile.passes.transform.values import Diagonal, Shift, random_hadamard
 
 Granularity = Literal["token", "tensor"]
 
+OnlineLinear = Literal["down_proj", "o_proj"]
+"""A linear behind an activation, or one behind attention."""
+
 _MOST_ROWS = 256
-"""Inputs that a choice of scales is judged on."""
+"""Ordinary inputs that a choice of scales is judged on."""
+
+_LARGEST_ROWS = 8
+"""The largest ones that it is judged on beside them: about one in thirty."""
 
 _LARGEST_SCALE = 1e4
 """Of a scale and of its reciprocal: what narrow floats can still hold beside ordinary numbers."""
@@ -50,6 +58,11 @@ class Smooth(Pass):
     that a layer reads. Sites are found by dataflow; those that cannot be scaled are skipped with
     the reason. The function stays the same.
 
+    Scales count even in front of a rotation that stays in the program, such as `Rotate` leaves
+    before a linear behind an activation: a row of one huge channel is as hard to round when it is
+    spread, since it is huge as a whole. `online` tells the search of such rotations, and that the
+    gains of norms need no scales: they will be folded.
+
     Outlier Suppression+ first moves the middle of each channel's range to zero where a bias in
     front and biases behind can take up the shift (layer norms and linears with biases).
 
@@ -64,6 +77,7 @@ class Smooth(Pass):
         weights: The format that the search rounds weights to.
         activations: ``"int4"`` and the like, or ``"float"``: what it does to activations.
         granularity: Whether activations have one scale per ``"token"`` or per ``"tensor"``.
+        online: Linears before which `Rotate` will leave a Hadamard transform.
         ignore: Patterns on names of weights; a site that one of them reads stays as it is.
 
     Raises:
@@ -83,6 +97,7 @@ class Smooth(Pass):
         weights: str | Format = "int8",
         activations: str = "int8",
         granularity: Granularity = "token",
+        online: Iterable[OnlineLinear] = (),
         ignore: Iterable[str] = (),
     ) -> None:
         if method not in RULES:
@@ -100,6 +115,7 @@ class Smooth(Pass):
         self._strength = strength
         format = weights if isinstance(weights, Format) else parse_format(weights)
         self._rounding = Rounding(format, bits[activations], granularity == "tensor")
+        self._online = frozenset(online)
         self._ignore = tuple(ignore)
 
     def run(self, program: Program, context: Context) -> PassResult:
@@ -147,6 +163,9 @@ class Smooth(Pass):
         if isinstance(site, Skip):
             result.skips.append(site)
             return False
+        if self._online and any(NORMED in reader.roles for reader in site.readers):
+            result.skips.append(Skip(site.site.sinks[0], "rotating folds the gain in front of it"))
+            return False
         ignored = [name for name in site.site.sinks if matches_any(self._ignore, name)]
         result.skips += [Skip(name, "its input is kept by the recipe") for name in ignored]
         return not ignored
@@ -156,7 +175,7 @@ class Smooth(Pass):
     ) -> Statistics:
         kinds: list[Callable[[], Statistic]] = [ChannelRange, ChannelMoments]
         if self._strength is None:
-            kinds.append(partial(Rows, every=16))
+            kinds += [partial(Rows, every=16), partial(LargestRows, keep=_LARGEST_ROWS)]
         values = {reader.value: None for site in sites for reader in site.readers}
         requests = [Request(value, kind) for value in values for kind in kinds]
         return measure(program, requests, context, f"smooth (method '{self._method}')")
@@ -171,7 +190,7 @@ class Smooth(Pass):
         """The scales of each block, and what to report of them."""
         if self._strength is not None:
             return self._scales(seen, self._strength), {"strength": self._strength}
-        samples = [_samples(program, reader, found) for reader in site.readers]
+        samples = [self._samples(program, reader, found) for reader in site.readers]
         objective = self.objective(site, samples, self._rounding)
         none = [torch.ones_like(block.largest) for block in seen]
         unscaled = objective(none)
@@ -184,6 +203,17 @@ class Smooth(Pass):
         if unscaled <= error:
             return none, {"strength": None, "error": unscaled, "error_unscaled": unscaled}
         return scales, {"strength": strength, "error": error, "error_unscaled": unscaled}
+
+    def _samples(self, program: Program, reader: Reader, found: Statistics) -> ReaderSamples:
+        ordinary = found.of(reader.value, Rows).values
+        step = -(-len(ordinary) // _MOST_ROWS)
+        rows = torch.cat((ordinary[::step], found.of(reader.value, LargestRows).values))
+        weight = program.weights.materialize(reader.weight).flatten(0, -2)
+        largest = found.of(reader.value, ChannelRange).absmax
+        rotation = None
+        if self._online & reader.roles:
+            rotation = random_hadamard(rows.shape[1], None, online=True).value
+        return ReaderSamples(reader, weight, rows, largest, rotation)
 
     def _scales(self, seen: Sequence[Magnitudes], strength: float) -> list[Tensor]:
         return [
@@ -207,11 +237,3 @@ def _seen(program: Program, site: ScaleSite, found: Statistics) -> list[Magnitud
             for block, part in site.by_block(reader, per_channel.to(torch.float64)):
                 kept[block] = torch.maximum(kept[block], part)
     return [Magnitudes(*parts) for parts in zip(largest, mean, weights, strict=True)]
-
-
-def _samples(program: Program, reader: Reader, found: Statistics) -> ReaderSamples:
-    rows = found.of(reader.value, Rows).values
-    step = -(-len(rows) // _MOST_ROWS)
-    weight = program.weights.materialize(reader.weight).flatten(0, -2)
-    largest = found.of(reader.value, ChannelRange).absmax
-    return ReaderSamples(reader, weight, rows[::step], largest)

@@ -69,10 +69,13 @@ class Awq(ScaleRule):
 class OsPlus(ScaleRule):
     """``max(1, max|x| / t)``: only channels beyond a threshold shrink.
 
+    Thresholds are tried from the largest activation down to a thousandth of it (the paper: down to
+    0.1, in even steps), since one channel may be that much larger than all others.
+
     Source: Wei et al. 2023 (Outlier Suppression+, arXiv 2304.09145), section 4.2.
     """
 
-    strengths = tuple(i / 50 for i in range(5, 50))
+    strengths = tuple(2 ** (-i / 4) for i in range(1, 41))
 
     def scale(self, seen: Magnitudes, strength: float) -> Tensor:
         """With t = `strength` times the largest activation of all channels."""

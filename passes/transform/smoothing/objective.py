@@ -12,6 +12,7 @@ from qcompile.formats import Format
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.quantize.reference import dynamic_scale, quantize
 from qcompile.passes.transform.smoothing.scale_sites import Reader, ScaleSite
+from qcompile.passes.transform.values import Transform
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,44 @@ class ReaderSamples:
     Attributes:
         reader: The reader.
         weight: ``[N, K]`` float32.
-        rows: Some inputs, ``[T, K]`` float32.
+        rows: Some inputs, the largest among them, ``[T, K]`` float32.
         largest: Magnitude of each input channel over all calibration data, ``[K]``.
+        rotation: What will stand between the scales and the rounding, if anything will.
     """
 
     reader: Reader
     weight: Tensor
     rows: Tensor
     largest: Tensor
+    rotation: Transform | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """A reader's operands with channels scaled, before and after rounding.
+
+    Attributes:
+        weight: ``[N, K]``.
+        rounded_weight: ``[N, K]``.
+        rows: ``[T, K]``.
+        rounded_rows: ``[T, K]``.
+    """
+
+    weight: Tensor
+    rounded_weight: Tensor
+    rows: Tensor
+    rounded_rows: Tensor
 
 
 class Objective:
     """The error of a site's readers as a function of its scales.
 
-    It is the squared error of each reader's output over that output's energy, summed. (The paper of
-    AWQ compares outputs of whole modules; the outputs of the linears themselves are what later
-    methods minimize, and need no module boundaries.)
+    It is the mean over inputs of the squared error of a reader's output over that output's own
+    energy, summed over readers: what a normalization behind it leaves of an error depends on the
+    size of its token, and a few tokens are thousands of times as large as others. Outputs smaller
+    than the median count as if they were of median size. (The paper of AWQ compares outputs of
+    whole modules; the outputs of the linears themselves are what later methods minimize, and need
+    no module boundaries.)
 
     Args:
         site: The site.
@@ -71,24 +94,44 @@ class Objective:
     def __call__(self, scales: Sequence[Tensor]) -> float:
         """The error with channels divided by scales, ``[size]`` per block."""
         return sum(
-            self._error(sample, output, self._site.spread(sample.reader, scales).float())
+            self.error(output, self._rounded(sample, self._site.spread(sample.reader, scales)))
             for sample, output in zip(self._samples, self._outputs, strict=True)
         )
 
-    def _error(self, sample: ReaderSamples, output: Tensor, scale: Tensor) -> float:
-        format = self._rounding.weights
-        weight = format.decode(format.encode(sample.weight * scale, name=sample.reader.weight))
-        rows = self._rounded(sample.rows / scale, float((sample.largest / scale).max()))
-        energy = float(output.square().sum())
-        return float((rows @ weight.T - output).square().sum()) / max(energy, _TINY)
+    def error(self, output: Tensor, found: Rounded) -> float:
+        """The error of one reader.
 
-    def _rounded(self, rows: Tensor, largest: float) -> Tensor:
+        Args:
+            output: As it should be, ``[T, N]``.
+            found: Its operands.
+        """
+        errors = found.rounded_rows @ found.rounded_weight.T - output
+        return float((errors.square().sum(1) / row_energies(output)).mean())
+
+    def _rounded(self, sample: ReaderSamples, scale: Tensor) -> Rounded:
+        scale = scale.to(torch.float32)
+        weight, rows = sample.weight * scale, sample.rows / scale
+        largest = float((sample.largest / scale).max())
+        if sample.rotation is not None:
+            weight, rows = sample.rotation.apply(weight), sample.rotation.apply(rows)
+            largest = float(rows.abs().max())
+        format = self._rounding.weights
+        rounded_weight = format.decode(format.encode(weight, name=sample.reader.weight))
+        return Rounded(weight, rounded_weight, rows, self._round(rows, largest))
+
+    def _round(self, rows: Tensor, largest: float) -> Tensor:
         bits = self._rounding.activation_bits
         if bits is None:
             return rows
         step = max(largest, _TINY) / (2 ** (bits - 1) - 1)
         scale = torch.tensor([step]) if self._rounding.per_tensor else dynamic_scale(rows, bits, 0)
         return dequantize(quantize(rows, scale, None, bits, 0), scale, None, bits, 0)
+
+
+def row_energies(output: Tensor) -> Tensor:
+    """The squared size of each output ``[T, N]``, at least their median: ``[T]``, positive."""
+    energies = output.square().sum(1)
+    return energies.clamp(min=max(float(energies.median()), _TINY))
 
 
 _TINY = 1e-30

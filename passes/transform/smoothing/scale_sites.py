@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.families import Family, PortRole
-from qcompile.analysis.roles import linears_by_input, weight_name
+from qcompile.analysis.roles import linear_role, linears_by_input, weight_name
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -27,11 +27,13 @@ class Reader:
         weight: Its name.
         value: What is multiplied with it, ``[..., K]``.
         stretches: Block and first channel of each stretch of the site on its input axis.
+        roles: What stands in front of the linears over it; see `linear_role`.
     """
 
     weight: str
     value: fx.Node
     stretches: tuple[tuple[int, int], ...]
+    roles: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def _reader(site: Site, name: str, layers: list[fx.Node]) -> Reader | None:
     value = next(iter(values), None)
     if len(values) != 1 or not isinstance(value, fx.Node):
         return None
-    return Reader(name, value, stretches)
+    roles = {linear_role(layer) for layer in layers if layer.target is aten.linear.default}
+    return Reader(name, value, stretches, frozenset(role for role in roles if role is not None))
 
 
 def _layers(program: Program) -> dict[str, list[fx.Node]]:

@@ -11,8 +11,11 @@ from tests.passes.transform.methods import (
     tiny,
     values_of,
 )
+from torch import nn
 
-from qcompile.calibration.samples import TokenWindows
+import qcompile as qc
+from qcompile.calibration.samples import ExampleInputs, TokenWindows
+from qcompile.calibration.settings import Calibration
 from qcompile.errors import DataError, RecipeError
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -24,6 +27,7 @@ from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.rotate import Rotate
 from qcompile.passes.transform.smooth import Smooth
 from qcompile.passes.transform.smoothing.methods import RULES, Magnitudes
+from qcompile.passes.transform.smoothing.objective import row_energies
 
 METHODS = ("smoothquant", "awq", "os+")
 
@@ -156,3 +160,71 @@ def test_artificial_outliers_come_back_by_smoothing_or_rotation() -> None:
     rotated = quantization_error(spoiled, FoldNormGain(), CentreNorms(), Rotate())
     assert smoothed < 1.5 * usual
     assert rotated < 1.5 * usual
+
+
+# --- One token that is far larger than all others ------------------------------------------------
+
+
+class Feed(nn.Module):
+    """A feed-forward part; one hidden channel stands up for one direction of inputs alone."""
+
+    def __init__(self, size: int = 16, hidden: int = 32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate = nn.Linear(size, hidden, bias=False)
+        self.up = nn.Linear(size, hidden, bias=False)
+        self.down = nn.Linear(hidden, size, bias=False)
+        with torch.no_grad():
+            for layer in (self.gate, self.up):
+                layer.weight[:, 0] = 0.0
+                layer.weight[3, 0] = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.silu(self.gate(x)) * self.up(x)
+        down: torch.Tensor = self.down(hidden)
+        return down
+
+
+def with_a_giant() -> torch.Tensor:
+    """Ordinary tokens, and one that makes a hidden channel hundreds of times as large."""
+    tokens = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = 0.0
+    tokens[0] = 0.0
+    tokens[0, 0] = 15.0
+    return tokens
+
+
+def token_errors(*transforms: Pass) -> torch.Tensor:
+    """Of each token's output over its size, at 8 bits with one static scale per input."""
+    tokens = with_a_giant()
+    program = qc.capture(Feed(), tokens)
+    quantize = (QuantizeWeights("int8"), QuantizeActivations("int8", granularity="tensor"))
+    context = Context(calibration=Calibration(ExampleInputs([tokens])))
+    after, _ = apply(program, *transforms, *quantize, context=context)
+    expected, found = program(tokens), after(tokens)
+    errors: torch.Tensor = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    return errors
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "os+"])
+def test_scales_before_a_rotation_save_ordinary_tokens_from_a_giant(method: str) -> None:
+    rotate = (FoldNormGain(), CentreNorms(), Rotate(online=["down_proj"]))
+    rotated = token_errors(*rotate)
+    smooth = Smooth(method, granularity="tensor", online=["down_proj"])
+    both = token_errors(smooth, *rotate)
+    # Spread over all channels, the giant token leaves the others some steps of the grid.
+    assert rotated[1:].median() > 0.2
+    assert both[1:].median() < 0.25 * rotated[1:].median()
+    assert both[0] < 0.05
+
+
+def test_gains_that_a_rotation_folds_are_left_alone() -> None:
+    _, result = apply(tiny("llama"), Smooth(strength=0.5, online=["down_proj"]))
+    assert {d["sinks"][0].split(".")[-2] for d in result.details} == {"o_proj", "down_proj"}  # type: ignore[index]
+    assert "rotating folds the gain in front of it" in {skip.reason for skip in result.skips}
+
+
+def test_errors_count_by_the_size_of_their_token() -> None:
+    output = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 2.0], [0.0, 2.0], [0.0, 0.0]])
+    # Outputs below the median, 2, count as if they were of that size.
+    assert row_energies(output).tolist() == [25.0, 4.0, 4.0, 4.0, 4.0]
