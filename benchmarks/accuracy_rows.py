@@ -105,5 +105,8 @@ ROWS: Final[Mapping[str, Row]] = {
     "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
+    "slim": weights(
+        {"w3-g64": "int3-g64-asym", "w2-g64": "int2-g64-asym"}, method="slim", scale_search="mse"
+    ),
 }
 """Every row by name. What a paper compares is in one setting; bits are counted in each row."""

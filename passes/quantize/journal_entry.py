@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.formats import Format, QuantizedWeight
+from qcompile.formats import Format, QuantizedWeight, parse_format
 from qcompile.passes.quantize.methods import Outcome
 
 _TENSOR = "tensor."
@@ -22,7 +22,9 @@ def pack_outcome(outcome: Outcome, facts: Mapping[str, Any]) -> dict[str, Tensor
         outcome: Its notes are kept, too.
         facts: What JSON can write.
     """
-    text = json.dumps({"notes": outcome.notes, "facts": facts})
+    text = json.dumps(
+        {"format": str(outcome.weight.format), "notes": outcome.notes, "facts": facts}
+    )
     entry = {_TENSOR + name: tensor for name, tensor in outcome.weight.tensors.items()}
     return entry | {"text": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
@@ -33,10 +35,12 @@ def unpack_outcome(
     """The outcome and the facts of an entry.
 
     Args:
-        format: Of the quantized weight.
+        format: What the weight was to be stored as; the method may have divided its columns.
         shape: Of the weight.
         entry: What `pack_outcome` made.
     """
     text = json.loads(bytes(entry["text"].tolist()))
+    if text["format"] != str(format):
+        format = parse_format(text["format"])
     tensors = {k.removeprefix(_TENSOR): t for k, t in entry.items() if k.startswith(_TENSOR)}
     return Outcome(QuantizedWeight(format, shape, tensors), tuple(text["notes"])), text["facts"]

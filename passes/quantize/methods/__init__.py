@@ -17,11 +17,20 @@ from qcompile.passes.quantize.methods.hqq import Hqq
 from qcompile.passes.quantize.methods.magr import Magr
 from qcompile.passes.quantize.methods.owq import Owq
 from qcompile.passes.quantize.methods.rtn import Rtn
+from qcompile.passes.quantize.methods.slim import Slim
 
 __all__ = ["METHODS", "Method", "Outcome", "Rtn", "Task", "make_method", "method_options"]
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq, "magr": Magr, "awq_clip": AwqClip, "owq": Owq}
+    {
+        "rtn": Rtn,
+        "gptq": Gptq,
+        "hqq": Hqq,
+        "magr": Magr,
+        "awq_clip": AwqClip,
+        "owq": Owq,
+        "slim": Slim,
+    }
 )
 """Every method by the name that recipes use."""
 

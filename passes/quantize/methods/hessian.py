@@ -23,11 +23,14 @@ class Feedback:
 
     Attributes:
         lower: L in the order of `order`, float32 [K, K]: row k is what column k asks for.
+        pivots: D in the same order, float32 [K]: what is left of the moments of each column's
+            input when those behind it are known, damping included.
         order: The columns in the order in which they are worked on, int64 [K].
         notes: What the user should know.
     """
 
     lower: Tensor
+    pivots: Tensor
     order: Tensor
     notes: tuple[str, ...] = ()
 
@@ -130,8 +133,10 @@ def feedback(
     factor, used = _factorize(matrix, level, damping, name)
     if used != damping:
         notes.append(f"damping raised from {damping:g} to {used:g}: its inputs are dependent")
-    lower = factor.div_(factor.diagonal().clone()).fill_diagonal_(0.0).T
-    return Feedback(lower.to(torch.float32).contiguous(), order, tuple(notes))
+    roots = factor.diagonal().clone()
+    lower = factor.div_(roots).fill_diagonal_(0.0).T.to(torch.float32)
+    pivots = roots.square_().to(torch.float32)
+    return Feedback(lower.contiguous(), pivots, order, tuple(notes))
 
 
 def _factorize(matrix: Tensor, level: float, damping: float, name: str) -> tuple[Tensor, float]:

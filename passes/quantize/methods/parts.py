@@ -40,8 +40,13 @@ def sweep_parts(
         for part, chosen in zip(format.formats, columns, strict=True)
     ]
     runs = list(_runs(task, format, columns, rounders, options))
+    order = torch.cat(runs)
+    as_they_stand = torch.equal(order, torch.arange(len(order)))
     found = task.seen.feedback(
-        damping=options.damping, descending=False, name=task.name, order=torch.cat(runs)
+        damping=options.damping,
+        descending=False,
+        name=task.name,
+        order=None if as_they_stand else order,  # other weights share the factors of the former
     )
     rounder = PartsRounder(rounders, columns)
     sweep(task.weight, found, rounder, block=[len(run) for run in runs])

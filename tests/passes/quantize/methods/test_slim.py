@@ -1,0 +1,96 @@
+"""Bits move from groups that do not mind to groups that do, and their sum stays."""
+
+import pytest
+import torch
+
+from qcompile.calibration.statistics import Hessian
+from qcompile.errors import RecipeError
+from qcompile.formats import IntegerFormat, LookupFormat, SplitFormat, parse_format
+from qcompile.passes.quantize.methods import Task
+from qcompile.passes.quantize.methods.gptq import Gptq
+from qcompile.passes.quantize.methods.hessian import Inputs
+from qcompile.passes.quantize.methods.slim import Slim
+
+
+def problem(sizes, group=16, rows=16, seed=0):
+    """A weight, and inputs whose groups of channels are of the given sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.tensor(sizes).repeat_interleave(group)
+    hessian = Hessian()
+    hessian.update(torch.randn(20 * len(size), len(size), generator=generator) * size)
+    return torch.randn(rows, len(size), generator=generator), Inputs(hessian)
+
+
+def task(weight, inputs, format):
+    return Task("w", weight, parse_format(format), "mse", inputs)
+
+
+UNEVEN = [1.0, 8.0, 1.0, 0.1, 1.0, 0.2, 6.0, 1.0]
+
+
+@pytest.mark.parametrize("format", ["int2-g16-asym", "int3-g16", "int4-g16-asym"])
+def test_groups_of_large_inputs_get_a_bit_and_those_of_small_ones_give_it(format):
+    weight, inputs = problem(UNEVEN)
+    outcome = Slim().quantize(task(weight, inputs, format))
+    found = outcome.weight.format
+    assert isinstance(found, SplitFormat)
+    _, low, high = (
+        columns.tolist()[::16]
+        for columns in torch.argsort(outcome.weight.tensors["places"]).split(found.widths(128))
+    )
+    assert {16, 96} <= set(high)
+    assert {48, 80} <= set(low)
+    assert len(low) == len(high)
+    assert outcome.notes == (
+        f"{len(high)} of 8 groups have {found.base.bits + 1} bit, as many {found.base.bits - 1}",
+    )
+
+
+@pytest.mark.parametrize("format", ["int2-g16-asym", "int3-g16", "int4-g16-asym"])
+def test_codes_take_the_same_bits_as_before(format):
+    weight, inputs = problem(UNEVEN)
+    found = Slim().quantize(task(weight, inputs, format)).weight.format
+    plain = parse_format(format)
+    codes = found.bits_by_part((16, 128))["codes"]
+    assert codes == plain.bits_by_part((16, 128))["codes"]
+
+
+@pytest.mark.parametrize("format", ["int2-g16-asym", "int3-g16", "int3-g16-asym"])
+def test_outputs_change_less_than_with_gptq_at_the_same_bits(format):
+    weight, inputs = problem(UNEVEN)
+    found = [m.quantize(task(weight, inputs, format)).weight for m in (Slim(), Gptq())]
+    mixed, plain = (inputs.relative_error(weight, q.format.decode(q)) for q in found)
+    assert mixed < 0.5 * plain
+
+
+def test_weight_without_salient_groups_is_left_as_it_is():
+    weight, inputs = problem([1.0] * 6)
+    outcome = Slim().quantize(task(weight, inputs, "int2-g16-asym"))
+    plain = Gptq().quantize(task(weight, inputs, "int2-g16-asym"))
+    assert outcome.weight.format == parse_format("int2-g16-asym")
+    assert torch.equal(outcome.weight.tensors["codes"], plain.weight.tensors["codes"])
+
+
+def test_groups_below_two_bits_are_plus_or_minus_a_scale():
+    weight, inputs = problem(UNEVEN)
+    outcome = Slim().quantize(task(weight, inputs, "int2-g16-asym"))
+    low = outcome.weight.format.formats[1]
+    assert isinstance(low, LookupFormat)
+    assert low.levels == (-1.0, 1.0)
+
+
+def test_last_group_that_is_short_keeps_its_bits():
+    weight, inputs = problem(UNEVEN)
+    narrow = Hessian()
+    narrow._add(inputs.hessian.sum[:120, :120], inputs.hessian.count)
+    outcome = Slim().quantize(task(weight[:, :120], Inputs(narrow), "int3-g16-asym"))
+    found = outcome.weight.format
+    assert isinstance(found.base, IntegerFormat)
+    assert torch.argsort(outcome.weight.tensors["places"])[found.widths(120)[0] - 1] == 119
+
+
+@pytest.mark.parametrize("format", ["int2", "int8-g16", "nf4-g16"])
+def test_format_without_bits_to_move_is_refused(format):
+    weight, inputs = problem(UNEVEN)
+    with pytest.raises(RecipeError, match="method 'slim' moves bits between groups of integers"):
+        Slim().quantize(task(weight, inputs, format))
