@@ -23,6 +23,8 @@ from qcompile.kernels.lookup.levels import code_bits
 from qcompile.passes.infra import Context, PassRecord
 from qcompile.passes.quantize.bits import BitsReport, count_bits
 from qcompile.passes.quantize.layers import Part
+from qcompile.passes.quantize.quantize_activations import QuantizeActivations as RoundActivations
+from qcompile.pipeline import make_pass
 from qcompile.planning import PlannedWeight, WeightPlan, plan, plan_weights
 from qcompile.recipe import DEFAULT_RECIPE, QuantizeActivations, Recipe, load_recipe
 
@@ -238,13 +240,16 @@ def _activation_findings(weights: WeightPlan, recipe: Recipe, target: Target) ->
     """Layers whose inputs would be rounded to a format that the target does not have."""
     known = target.capabilities.activation_formats
     for step in recipe.steps:
-        options = step.options
-        if not isinstance(options, QuantizeActivations) or options.format in known:
+        if not isinstance(step.options, QuantizeActivations):
             continue
+        rounding = make_pass(step.name, step.options)
+        assert isinstance(rounding, RoundActivations)
         instead = f"use {' or '.join(sorted(known))}" if known else "leave the step out"
         for weight in weights.weights:
-            if weight.format is not None and not _EMBEDDINGS.issuperset(weight.parts):
-                reason = f"the {target.name} target has no {options.format} activations"
+            format = rounding.format_of(weight.name)
+            reads = weight.format is not None and not _EMBEDDINGS.issuperset(weight.parts)
+            if reads and format is not None and str(format) not in known:
+                reason = f"the {target.name} target has no {format} activations"
                 yield Finding(weight.name, reason, instead)
 
 
@@ -310,7 +315,7 @@ def _verdicts(
     refused = {finding.layer for finding in findings}
     stored = {tensor.name: tensor for tensor in bits.tensors}
     rounded = {
-        name: f"int{detail['bits']}"
+        name: str(detail["format"])
         for record in records
         if record.name in ("quantize_activations", "quantize_clusters")
         for detail in record.result.details

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import ClassVar, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile.errors import RecipeError
 from qcompile.formats import Format, QuantizedWeight
@@ -28,14 +28,15 @@ from qcompile.passes.infra import (
     PassResult,
     Phase,
 )
+from qcompile.passes.quantize.activation_formats import Grid
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
 from qcompile.passes.quantize.policy import FormatPolicy
 from qcompile.passes.quantize.quantize_activations import (
+    Grids,
     QuantizeActivations,
     RoundedInput,
-    Scales,
 )
-from qcompile.passes.quantize.quantize_clusters import Grids, QuantizeClusters
+from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
 from qcompile.passes.quantize.replace_weight import replace_weight
 from qcompile.pipeline import make_pass, recipe_phases
 from qcompile.recipe import QuantizeWeights, Recipe, StepOptions
@@ -189,14 +190,13 @@ class PlanActivations(QuantizeActivations):
         """That of the pass whose work it plans."""
         return "quantize_activations"
 
-    def _measure(
-        self, program: Program, inputs: Sequence[RoundedInput], context: Context
-    ) -> Scales:
+    def _measure(self, program: Program, inputs: Sequence[RoundedInput], context: Context) -> Grids:
         del program, context
-        return {
-            (group.value, group.bits): torch.empty(self.scale_shape(group), device="meta")
-            for group in inputs
-        }
+        grids: Grids = {}
+        for group in inputs:
+            unknown = torch.empty(self.scale_shape(group), device="meta")
+            grids[group.value, group.format] = group.format.grid(unknown, unknown)
+        return grids
 
 
 class PlanClusters(QuantizeClusters):
@@ -216,12 +216,12 @@ class PlanClusters(QuantizeClusters):
 
     def grids(
         self, program: Program, inputs: Mapping[fx.Node, Sequence[fx.Node]], context: Context
-    ) -> dict[fx.Node, Grids]:
+    ) -> dict[fx.Node, Grid[Tensor]]:
         """Grids without numbers."""
         del program, context
         widths = {x: int(x.meta["val"].shape[-1]) for x in inputs}
         return {
-            x: (
+            x: Grid(
                 torch.empty(width, device="meta"),
                 torch.empty(width, dtype=torch.uint8, device="meta"),
             )

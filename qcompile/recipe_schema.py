@@ -64,6 +64,15 @@ def _canonical_format_or_float(name: str) -> str:
     return FLOAT if name == FLOAT else _canonical_format(name)
 
 
+def _canonical_activations(name: str) -> str:
+    from qcompile.passes.quantize import activation_formats  # pulls in torch
+
+    try:
+        return str(activation_formats.parse_activation_format(name))
+    except QCompileError as error:
+        raise _custom_error("format", error.message, error.remedy) from error
+
+
 def _non_empty(pattern: str) -> str:
     if not pattern:
         raise _custom_error("pattern", "an empty pattern matches no name", "leave it out")
@@ -85,6 +94,9 @@ WeightFormat = Annotated[str, AfterValidator(_canonical_format)]
 
 WeightFormatOrFloat = Annotated[str, AfterValidator(_canonical_format_or_float)]
 """A weight format by name, or ``"float"`` for a weight that stays as it is."""
+
+ActivationFormat = Annotated[str, AfterValidator(_canonical_activations)]
+"""A format of activations by name, such as ``"int8"`` or ``"fp8"``; kept in its canonical form."""
 
 WeightMethod = Annotated[str, AfterValidator(_known_method)]
 """A way to choose the codes of weights, by name, such as ``"gptq"``."""
@@ -154,8 +166,8 @@ class QuantizeWeights(StepOptions):
         return self
 
 
-ActivationFormat = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
-"""A format of activations by name; all are symmetric."""
+IntegerActivations = Literal["int2", "int3", "int4", "int5", "int6", "int7", "int8"]
+"""Activations in whole numbers by name."""
 
 
 class ActivationOverride(_Strict):
@@ -174,7 +186,9 @@ class QuantizeActivations(StepOptions):
     """Step ``quantize_activations``: inputs of linears with quantized weights become codes.
 
     Attributes:
-        format: Format of the codes, symmetric.
+        format: Format of the codes: ``"int2"`` to ``"int8"``, ``"fp8"`` (or ``"e4m3"``) or
+            ``"e5m2"``, all symmetric; ``"int8-asym"`` and the like, which have zero points, need
+            static scales.
         granularity: One scale per ``"token"``, or per token and ``"group"`` of the weight, computed
             from each input as it comes; or static ones, from calibration data, one per ``"tensor"``
             or per ``"channel"``.
@@ -328,7 +342,7 @@ class Atq(StepOptions):
     """
 
     weights: WeightFormat = "int8"
-    activations: ActivationFormat = "int8"
+    activations: IntegerActivations = "int8"
     ignore: tuple[Pattern, ...] = ()
 
 
@@ -358,7 +372,7 @@ class QuantizeClusters(StepOptions):
         ignore: Patterns on names of weights whose inputs stay float.
     """
 
-    format: ActivationFormat = "int8"
+    format: IntegerActivations = "int8"
     ignore: tuple[Pattern, ...] = ()
 
 

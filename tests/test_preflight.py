@@ -273,6 +273,24 @@ def test_unsupported_activations_name_every_layer_that_has_them(llama: Program) 
     assert refused(allowed) == {"model.embed_tokens.weight"}
 
 
+@pytest.mark.usefixtures("unreadable")
+def test_activations_are_judged_layer_by_layer(llama: Program) -> None:
+    rounding = {
+        "ignore": ["lm_head"],
+        "overrides": [
+            {"match": "*down_proj*", "format": "fp8"},
+            {"match": "*lm_head*", "format": "int4"},
+        ],
+    }
+    steps = [{"quantize_weights": {"format": "int8"}}, {"quantize_activations": rounding}]
+    recipe = load_recipe({"name": "mixed", "steps": steps})
+    verdict = preflight(llama, recipe, "cuda")
+    assert refused(verdict) == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert {f.reason for f in verdict.findings} == {"the cuda target has no e4m3 activations"}
+    rounded = {layer.activations for layer in preflight(llama, recipe, "cpu").layers}
+    assert rounded == {"e4m3", "float", "int8"}
+
+
 def test_shape_that_a_format_refuses_is_a_finding(
     mlp: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,3 +328,28 @@ def test_wrong_override_names_the_alternatives(key: str, message: str, remedy: s
 def test_override_of_a_step_that_the_recipe_lacks_is_refused() -> None:
     with pytest.raises(RecipeError, match="recipe 'float' has no step 'quantize_weights'"):
         load_recipe("float", {"quantize_weights.format": "int8"})
+
+
+@pytest.mark.parametrize(("name", "canonical"), [("fp8", "e4m3"), ("int8-asym", "int8-asym")])
+def test_formats_of_activations_are_kept_in_their_canonical_spelling(
+    name: str, canonical: str
+) -> None:
+    step = {"quantize_activations": {"format": name, "granularity": "tensor"}}
+    recipe = load_recipe({"steps": [{"quantize_weights": {"format": "int8"}}, step]})
+    assert recipe.steps[1].options.format == canonical  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "int9"}, "activations cannot be 'int9'"),
+        ({"format": "int8-asym"}, "measured at run time and have no zero points"),
+        ({"granularity": "channel", "ranges": "mse"}, "scales per channel span 'absmax'"),
+    ],
+)
+def test_activations_that_make_no_sense_are_refused_by_the_recipe(
+    options: dict[str, str], message: str
+) -> None:
+    steps = [{"quantize_weights": {"format": "int8"}}, {"quantize_activations": options}]
+    with pytest.raises(RecipeError, match=message):
+        load_recipe({"steps": steps})

@@ -31,11 +31,11 @@ class CpuTarget(Target):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Integer weights of the widths that the kernels read; int8 activations."""
+        """What the kernels read; activations of 8 bits."""
         return Capabilities(
             weight_format=unpackable_reason,
             embedding_format=unpackable_reason,
-            activation_formats=frozenset({"int8"}),
+            activation_formats=frozenset({"int8", "int8-asym", "e4m3", "e5m2"}),
         )
 
     def check(self, program: Program) -> list[Finding]:

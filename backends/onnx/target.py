@@ -61,11 +61,11 @@ class OnnxTarget(Target):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Integers of every width, tables of levels; activations of 2 to 8 bits."""
+        """Integers of every width, tables of levels; activations of every format."""
         return Capabilities(
             weight_format=_format_reason,
             embedding_format=_format_reason,
-            activation_formats=frozenset(f"int{bits}" for bits in range(2, 9)),
+            activation_formats=frozenset(ACTIVATION_FORMATS),
         )
 
     def check(self, program: Program) -> list[Finding]:
@@ -76,7 +76,7 @@ class OnnxTarget(Target):
         ]
 
     def lower(self, program: Program, context: Context) -> Program:
-        """The quantized program itself, from which all translations start; its sizes fixed.
+        """The quantized program, from which all translations start; its sizes fixed.
 
         Raises:
             TargetError: A size that is to be fixed does not vary, or not alone.

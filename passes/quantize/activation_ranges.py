@@ -1,4 +1,4 @@
-"""Static scales of activations, from what calibration saw of them."""
+"""Static grids of activations, from what calibration saw of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qcompile.calibration.statistics import ChannelRange, Histogram
+from qcompile.calibration.statistics import Histogram
+from qcompile.passes.quantize.activation_formats import ActivationFormat, Grid
 
 RangeMethod = Literal["absmax", "percentile", "mse"]
 """What a static scale spans: all that was seen, nearly all, or what loses least when rounded."""
@@ -20,45 +21,46 @@ _SHRINK_STEPS = 80
 """Candidates of the search for the least error: 100 % to 21 % of the largest magnitude."""
 
 
-def tensor_scale(seen: Histogram, bits: int, method: RangeMethod, percentile: float) -> Tensor:
-    """One symmetric scale for a whole tensor.
+def tensor_grid(
+    seen: Histogram, format: ActivationFormat, method: RangeMethod, percentile: float
+) -> Grid[Tensor]:
+    """One grid for a whole tensor.
 
     Args:
-        seen: Magnitudes that calibration saw.
-        bits: Width of the codes.
-        method: What the scale spans.
-        percentile: For ``"percentile"``: the fraction of values that is not clipped.
+        seen: What calibration saw.
+        format: Of the codes.
+        method: What the grid spans.
+        percentile: For ``"percentile"``: the fraction of magnitudes that is not clipped.
 
     Returns:
-        ``[1]`` float32; 1 where only zeros were seen.
+        Scale ``[1]`` float32, 1 where only zeros were seen; zero point ``[1]`` or None.
     """
-    largest_code = 2 ** (bits - 1) - 1
     find: dict[RangeMethod, Callable[[], float]] = {
         "absmax": partial(seen.percentile, 1.0),
         "percentile": partial(seen.percentile, percentile),
-        "mse": partial(_least_error, seen, largest_code),
+        "mse": partial(_least_error, seen, format),
     }
-    limit = find[method]()
-    return torch.tensor([limit / largest_code if limit else 1.0], dtype=torch.float32)
+    return _grid_within(seen, format, find[method]())
 
 
-def channel_scales(seen: ChannelRange, bits: int) -> Tensor:
-    """One symmetric scale per channel that clips nothing that was seen: ``[K]`` float32."""
-    scale = seen.absmax / (2 ** (bits - 1) - 1)
-    return torch.where(scale == 0, torch.ones_like(scale), scale).to(torch.float32)
+def _grid_within(seen: Histogram, format: ActivationFormat, limit: float) -> Grid[Tensor]:
+    """The grid of the values whose magnitude is at most `limit`."""
+    ends = (max(seen.low, -limit), min(seen.high, limit))
+    low, high = (torch.tensor([end], dtype=torch.float64) for end in ends)
+    return format.grid(low, high)
 
 
-def _least_error(seen: Histogram, largest_code: int) -> float:
+def _least_error(seen: Histogram, format: ActivationFormat) -> float:
     """The limit at which clipping and rounding together lose least (squared error)."""
-    magnitudes, counts = seen.magnitudes()
-    used = counts > 0
-    magnitudes, counts = magnitudes[used], counts[used].to(torch.float64)
+    middles, _ = seen.magnitudes()
+    values = torch.cat((middles, -middles))
+    counts = torch.cat((seen.positive, seen.negative))
+    values, counts = values[counts > 0], counts[counts > 0].to(torch.float64)
     largest = seen.percentile(1.0)
     candidates = [largest * (1 - i / 100) for i in range(_SHRINK_STEPS)]
 
     def error(limit: float) -> float:
-        scale = limit / largest_code
-        rounded = (magnitudes / scale).round().clamp(max=largest_code) * scale
-        return float((counts * (magnitudes - rounded).square()).sum())
+        rounded = format.round(values, _grid_within(seen, format, limit))
+        return float((counts * (values - rounded).square()).sum())
 
     return min(candidates, key=error) if largest else 0.0

@@ -18,17 +18,15 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
 from qcompile.passes.measure import measure
-from qcompile.passes.quantize.activation_ranges import (
-    RANGE_METHODS,
-    RangeMethod,
-    channel_scales,
-    tensor_scale,
+from qcompile.passes.quantize.activation_formats import (
+    ActivationFormat,
+    Grid,
+    parse_activation_format,
+    store_grid,
 )
+from qcompile.passes.quantize.activation_ranges import RANGE_METHODS, RangeMethod, tensor_grid
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import Override, matches_any
-
-FORMATS = {f"int{bits}": bits for bits in range(2, 9)}
-"""Activation formats, all symmetric, and the bits of their codes."""
 
 Granularity = Literal["token", "group", "tensor", "channel"]
 """One scale per token, or per token and group of the weight, both measured at run time; one for
@@ -46,20 +44,20 @@ class RoundedInput:
     Attributes:
         value: The value.
         group_size: Channels per scale; 0 is one scale for all.
-        bits: Of its codes.
+        format: Of its codes.
         linears: What reads it.
         weights: Their weights' names.
     """
 
     value: fx.Node
     group_size: int
-    bits: int
+    format: ActivationFormat
     linears: list[fx.Node]
     weights: list[str]
 
 
-Scales = dict[tuple[fx.Node, int], Tensor]
-"""Static scales by value and bits: ``[1]``, or ``[K]`` per channel."""
+Grids = dict[tuple[fx.Node, ActivationFormat], Grid[Tensor]]
+"""Static grids by value and format: of tensors ``[1]``, or ``[K]`` per channel."""
 
 
 class QuantizeActivations(Pass):
@@ -82,23 +80,25 @@ class QuantizeActivations(Pass):
         %3 = qc.dequantize(%2, @w.input_scale, None, 8, 0)
         %4 = aten.linear(%3, %w)
 
-    Linears that share an input and a group size share the nodes. Each rounded input leaves a record
-    in the result's details: ``input, bits, group_size, weights``, and ``scale`` where it is one
-    static number.
+    8-bit floats have ``qc.float8_scale``, ``qc.quantize_float8`` and ``qc.lookup`` in these places.
+    Linears that share an input, a group size and a format share the nodes. Each rounded input
+    leaves a record in the result's details: ``input, format, group_size, weights``, and ``scale``
+    where it is one static number.
 
     Args:
-        format: ``"int2"`` to ``"int8"``.
+        format: A name; see `qcompile.passes.quantize.activation_formats`.
         granularity: What has a scale of its own. A group is one of the weight; a weight with one
             group per row is rounded per token.
         ranges: What static scales span: ``"absmax"``, ``"percentile"`` or ``"mse"``; per channel
             only ``"absmax"``.
-        percentile: The fraction of values that ``"percentile"`` does not clip.
+        percentile: The fraction of magnitudes that ``"percentile"`` does not clip.
         ignore: Patterns on names of weights whose inputs stay float.
         overrides: ``{"match": pattern, "format": name}``, or objects with these attributes, on
             names of weights whose inputs have another format; the last match wins.
 
     Raises:
-        RecipeError: A format, the granularity or what ranges span is unknown.
+        RecipeError: A format, the granularity or what ranges span is unknown, or they do not fit
+            together.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({Fact.WEIGHTS_QUANTIZED})
@@ -125,12 +125,25 @@ class QuantizeActivations(Pass):
                 f"scales per channel span 'absmax', not '{ranges}'",
                 remedy="use granularity 'tensor', or leave ranges out",
             )
-        self._bits = _bits(format)
+        self._format = parse_activation_format(format)
         self._granularity = granularity
         self._ranges: RangeMethod = next(m for m in RANGE_METHODS if m == ranges)
         self._percentile = percentile
         self._ignore = tuple(ignore)
         self._overrides = [_override(item) for item in overrides]
+        formats = (self._format, *(format for _, format in self._overrides))
+        if not self._is_static and any(format.has_zero_point for format in formats):
+            raise RecipeError(
+                f"scales per {granularity} are measured at run time and have no zero points",
+                remedy="use granularity 'tensor' or 'channel', or a format without -asym",
+            )
+
+    def format_of(self, name: str) -> ActivationFormat | None:
+        """What the input of a weight of this name is rounded to; None leaves it as it is."""
+        if matches_any(self._ignore, name):
+            return None
+        matching = [format for pattern, format in self._overrides if matches_any([pattern], name)]
+        return matching[-1] if matching else self._format
 
     def run(self, program: Program, context: Context) -> PassResult:
         """Rounds inputs, in graph order.
@@ -140,24 +153,25 @@ class QuantizeActivations(Pass):
         """
         result = PassResult()
         groups = list(self._inputs(program, result))
-        scales = self._measure(program, groups, context) if self._is_static else {}
+        grids = self._measure(program, groups, context) if self._is_static else {}
         editor = Editor(program)
         for group in groups:
-            first = group.linears[0]
             detail: dict[str, object] = {
                 "input": group.value.name,
-                "bits": group.bits,
+                "format": str(group.format),
                 "group_size": group.group_size,
                 "weights": group.weights,
             }
-            with editor.before(first):
+            with editor.before(group.linears[0]):
                 if self._is_static:
-                    scale = scales[group.value, group.bits]
-                    rounded = self._round_statically(editor, group, scale)
-                    if scale.numel() == 1 and not scale.is_meta:
-                        detail["scale"] = float(scale)
+                    numbers = grids[group.value, group.format]
+                    stem = group.weights[0].removesuffix(".weight")
+                    grid = store_grid(editor, stem, numbers)
+                    if numbers.scale.numel() == 1 and not numbers.scale.is_meta:
+                        detail["scale"] = float(numbers.scale)
                 else:
-                    rounded = self._round(editor, group)
+                    grid = group.format.measure(editor, group.value, group.group_size)
+                rounded = group.format.emit(editor, group.value, grid, group.group_size)
             for linear in group.linears:
                 linear.update_arg(0, rounded)
             result.rewrites += len(group.linears)
@@ -170,81 +184,57 @@ class QuantizeActivations(Pass):
 
     def _inputs(self, program: Program, result: PassResult) -> Iterator[RoundedInput]:
         """The values to round, in graph order; linears that are passed over become skips."""
-        found: dict[tuple[fx.Node, int, int], RoundedInput] = {}
+        found: dict[tuple[fx.Node, int, ActivationFormat], RoundedInput] = {}
         for linear in program.calls(LINEAR):
             weight = stored_weight(linear.args[1])
             source = linear.args[0]
             if weight is None or not isinstance(source, fx.Node):
                 continue
-            if matches_any(self._ignore, weight.name):
+            format = self.format_of(weight.name)
+            if format is None:
                 result.skips.append(Skip(weight.name, "its input is kept float by the recipe"))
                 continue
-            if source.target == dialect.dequantize:
+            if source.target in _DECODES:
                 result.skips.append(Skip(weight.name, "its input is rounded already"))
                 continue
             size = {"group": weight.format.group_size, "channel": 1}.get(self._granularity, 0)
-            bits = self._bits_of(weight.name)
-            entry = found.setdefault((source, size, bits), RoundedInput(source, size, bits, [], []))
+            group = RoundedInput(source, size, format, [], [])
+            entry = found.setdefault((source, size, format), group)
             entry.linears.append(linear)
             entry.weights.append(weight.name)
         yield from found.values()
-
-    def _bits_of(self, name: str) -> int:
-        """The bits of the input of a weight."""
-        matching = [bits for pattern, bits in self._overrides if matches_any([pattern], name)]
-        return matching[-1] if matching else self._bits
 
     def scale_shape(self, group: RoundedInput) -> tuple[int]:
         """The shape of an input's static scale."""
         channels = int(group.value.meta["val"].shape[-1])
         return (channels if self._granularity == "channel" else 1,)
 
-    def _measure(
-        self, program: Program, inputs: Sequence[RoundedInput], context: Context
-    ) -> Scales:
-        """Scales of inputs at their bits, measured on the context's calibration data."""
-        per_channel = self._granularity == "channel"
-        wanted = [(group.value, group.bits) for group in inputs]
+    def _measure(self, program: Program, inputs: Sequence[RoundedInput], context: Context) -> Grids:
+        """Grids of inputs in their formats, measured on the context's calibration data."""
+        seen = ChannelRange if self._granularity == "channel" else Histogram
         found = measure(
             program,
-            [Request(value, ChannelRange if per_channel else Histogram) for value, _ in wanted],
+            [Request(group.value, seen) for group in inputs],
             context,
             "activation quantization with static scales",
         )
-        if per_channel:
-            return {
-                (v, bits): channel_scales(found.of(v, ChannelRange), bits) for v, bits in wanted
-            }
-        return {
-            (v, bits): tensor_scale(found.of(v, Histogram), bits, self._ranges, self._percentile)
-            for v, bits in wanted
-        }
-
-    def _round(self, editor: Editor, group: RoundedInput) -> fx.Node:
-        size = group.group_size
-        scale = editor.call(dialect.dynamic_scale, group.value, group.bits, size)
-        return self._rounded(editor, group, scale)
-
-    def _round_statically(self, editor: Editor, group: RoundedInput, scale: Tensor) -> fx.Node:
-        name = f"{group.weights[0].removesuffix('.weight')}.input_scale"
-        editor.program.weights.put(name, scale)
-        return self._rounded(editor, group, editor.weight(name))
-
-    def _rounded(self, editor: Editor, group: RoundedInput, scale: fx.Node) -> fx.Node:
-        bits, size = group.bits, group.group_size
-        codes = editor.call(dialect.quantize, group.value, scale, None, bits, size)
-        return editor.call(dialect.dequantize, codes, scale, None, bits, size)
+        grids: Grids = {}
+        for group in inputs:
+            key = (group.value, group.format)
+            if seen is ChannelRange:
+                channels = found.of(group.value, ChannelRange)
+                grids[key] = group.format.grid(channels.low, channels.high)
+            else:
+                values = found.of(group.value, Histogram)
+                grids[key] = tensor_grid(values, group.format, self._ranges, self._percentile)
+        return grids
 
 
-def _bits(format: str) -> int:
-    if format not in FORMATS:
-        raise RecipeError(
-            f"activations cannot be '{format}'", remedy=f"known: {', '.join(FORMATS)}"
-        )
-    return FORMATS[format]
+_DECODES = frozenset({dialect.dequantize, dialect.lookup})
+"""What ends a rounding, and what stored weights are decoded by."""
 
 
-def _override(item: Override | Mapping[str, str]) -> tuple[str, int]:
+def _override(item: Override | Mapping[str, str]) -> tuple[str, ActivationFormat]:
     if isinstance(item, Mapping):
-        return item["match"], _bits(item["format"])
-    return item.match, _bits(item.format)
+        return item["match"], parse_activation_format(item["format"])
+    return item.match, parse_activation_format(item.format)

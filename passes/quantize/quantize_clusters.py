@@ -17,15 +17,15 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
 from qcompile.passes.measure import measure
+from qcompile.passes.quantize.activation_formats import Grid, IntegerActivations, store_grid
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import matches_any
 from qcompile.passes.transform.clusters import cluster_grids, clusters_of
 
-FORMATS: Mapping[str, int] = {f"int{bits}": bits for bits in range(2, 9)}
-"""Formats of codes, and their bits."""
-
-Grids = tuple[Tensor, Tensor]
-"""Scale ``[K]`` float32 and zero point ``[K]`` uint8."""
+FORMATS: Mapping[str, IntegerActivations] = {
+    f"int{bits}": IntegerActivations(bits, symmetric=False) for bits in range(2, 9)
+}
+"""Formats of codes, all asymmetric, as recipes name them."""
 
 
 class QuantizeClusters(Pass):
@@ -37,7 +37,7 @@ class QuantizeClusters(Pass):
         linear(x, w)   =>   linear(qc.dequantize(qc.quantize(x, s, z, 8, 1), s, z, 8, 1), w)
 
     Linears that share an input share the nodes. Each rounded input leaves a record in the result's
-    details: ``input, bits, clusters, weights``.
+    details: ``input, format, clusters, weights``.
 
     Args:
         format: ``"int2"`` to ``"int8"``, asymmetric.
@@ -57,7 +57,7 @@ class QuantizeClusters(Pass):
             raise RecipeError(
                 f"activations cannot be '{format}'", remedy=f"known: {', '.join(FORMATS)}"
             )
-        self._bits = FORMATS[format]
+        self._format = FORMATS[format]
         self._ignore = tuple(ignore)
 
     def run(self, program: Program, context: Context) -> PassResult:
@@ -72,32 +72,33 @@ class QuantizeClusters(Pass):
         editor = Editor(program)
         for x, linears in inputs.items():
             names = [_weight(linear) for linear in linears]
-            stem = names[0].removesuffix(".weight")
-            for part, tensor in zip(("input_scale", "input_zero_point"), grids[x], strict=True):
-                program.weights.put(f"{stem}.{part}", tensor)
             with editor.before(linears[0]):
-                grid = [editor.weight(f"{stem}.input_{p}") for p in ("scale", "zero_point")]
-                codes = editor.call(dialect.quantize, x, *grid, self._bits, 1)
-                rounded = editor.call(dialect.dequantize, codes, *grid, self._bits, 1)
+                grid = store_grid(editor, names[0].removesuffix(".weight"), grids[x])
+                rounded = self._format.emit(editor, x, grid, 1)
             for linear in linears:
                 linear.update_arg(0, rounded)
             result.rewrites += len(linears)
             sizes = list(clusters_of(linears[0]))
             result.details.append(
-                {"input": x.name, "bits": self._bits, "clusters": sizes, "weights": names}
+                {
+                    "input": x.name,
+                    "format": str(self._format),
+                    "clusters": sizes,
+                    "weights": names,
+                }
             )
         return result
 
     def grids(
         self, program: Program, inputs: Mapping[fx.Node, Sequence[fx.Node]], context: Context
-    ) -> dict[fx.Node, Grids]:
-        """The grid of each input, measured on the context's calibration data."""
+    ) -> dict[fx.Node, Grid[Tensor]]:
+        """The grid of each input, ``[K]``, measured on the context's calibration data."""
         requests = [Request(x, ChannelRange) for x in inputs]
         found = measure(program, requests, context, "rounding by clusters")
         grids = {}
         for x, linears in inputs.items():
             seen = found.of(x, ChannelRange)
-            grids[x] = cluster_grids(seen.low, seen.high, clusters_of(linears[0]), self._bits)
+            grids[x] = cluster_grids(seen.low, seen.high, clusters_of(linears[0]), self._format)
         return grids
 
     def _inputs(self, program: Program, result: PassResult) -> dict[fx.Node, list[fx.Node]]:

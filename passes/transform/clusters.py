@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx
 
+from qcompile.passes.quantize.activation_formats import ActivationFormat, Grid
+
 _CLUSTERS = "qcompile.clusters"
 """In ``node.meta`` of a linear: how the channels of its input fall into clusters, in order."""
 
@@ -60,23 +62,19 @@ def cluster_channels(low: Tensor, high: Tensor, count: int) -> tuple[Tensor, lis
 
 
 def cluster_grids(
-    low: Tensor, high: Tensor, sizes: Sequence[int], bits: int
-) -> tuple[Tensor, Tensor]:
-    """One asymmetric grid per cluster that spans what was seen of it, and zero.
+    low: Tensor, high: Tensor, sizes: Sequence[int], format: ActivationFormat
+) -> Grid[Tensor]:
+    """One grid per cluster that spans what was seen of it, and zero.
 
     Args:
         low: Least value of each channel, ``[n]``.
         high: Largest value of each channel, ``[n]``.
         sizes: Of the clusters, side by side; they sum to n.
-        bits: Width of the codes.
+        format: Of the codes.
 
     Returns:
         Scale ``[n]`` float32 and zero point ``[n]`` uint8, the same within a cluster.
     """
-    scales, zeros = [], []
-    for below, above in zip(low.split(list(sizes)), high.split(list(sizes)), strict=True):
-        least, most = min(float(below.min()), 0.0), max(float(above.max()), 0.0)
-        scale = (most - least) / (2**bits - 1) or 1.0
-        scales.append(torch.full((len(below),), scale, dtype=torch.float32))
-        zeros.append(torch.full((len(below),), round(-least / scale), dtype=torch.uint8))
-    return torch.cat(scales), torch.cat(zeros)
+    least = [part.amin().expand(len(part)) for part in low.split(list(sizes))]
+    most = [part.amax().expand(len(part)) for part in high.split(list(sizes))]
+    return format.grid(torch.cat(least), torch.cat(most))

@@ -3,11 +3,13 @@ import textwrap
 import pytest
 import torch
 
+from qcompile.calibration.settings import Calibration
+from qcompile.calibration.sources import DataSource
 from qcompile.errors import QCompileError, RecipeError
 from qcompile.ir import dialect
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.quantize.reference import dynamic_scale, quantize
-from qcompile.passes.infra import PassManager, run_passes
+from qcompile.passes.infra import Context, PassManager, run_passes
 from qcompile.passes.quantize.layers import EMBEDDING
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
@@ -16,6 +18,13 @@ from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 def run(program, weights, **options):
     passes = [QuantizeWeights(weights), QuantizeActivations(**options)]
     after, records = PassManager(passes).run(program)
+    return after, records[1].result
+
+
+def run_static(program, x, **options):
+    context = Context(calibration=Calibration(DataSource(examples=x)))
+    passes = [QuantizeWeights("int8"), QuantizeActivations(**options)]
+    after, records = PassManager(passes).run(program, context)
     return after, records[1].result
 
 
@@ -107,6 +116,89 @@ def test_eight_bit_codes_keep_the_output_close(untied, ids):
     assert 0 < error < 0.02
 
 
+def test_floats_of_8_bits_have_nodes_of_their_own(linear):
+    after, result = run(linear, "int4-g16", format="fp8", granularity="group")
+    assert after.text() == textwrap.dedent("""\
+        program(%input_1: f32[s0, 32]) {canonical, weights_quantized}
+          %0: f32[4, 32] = qc.dequantize(@weight.codes, @weight.scale, None, 4, 16)
+          %1: f32[s0, 2] = qc.float8_scale(%input_1, e4m3, 16)
+          %2: u8[s0, 32] = qc.quantize_float8(%input_1, %1, e4m3, 16)
+          %3: f32[s0, 32] = qc.lookup(%2, %1, e4m3, 16)
+          %4: f32[s0, 4] = aten.linear(%3, %0, @bias)
+          return %4
+        """)
+    assert result.details[0]["format"] == "e4m3"
+
+
+def test_floats_of_8_bits_round_to_three_bits_of_mantissa(linear):
+    after, _ = run(linear, "int4-g16", format="fp8")
+    weights_only = run_passes(linear, [QuantizeWeights("int4-g16")])
+    x = torch.randn(3, 32)
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    rounded = (x / scale).to(torch.float8_e4m3fn).float() * scale
+    assert torch.equal(after(x), weights_only(rounded))
+
+
+STATIC_TEXT = {
+    "int8": """
+          %1: i8[s0, 32] = qc.quantize(%input_1, @input_scale, None, 8, 0)
+          %2: f32[s0, 32] = qc.dequantize(%1, @input_scale, None, 8, 0)""",
+    "int8-asym": """
+          %1: u8[s0, 32] = qc.quantize(%input_1, @input_scale, @input_zero_point, 8, 0)
+          %2: f32[s0, 32] = qc.dequantize(%1, @input_scale, @input_zero_point, 8, 0)""",
+    "fp8": """
+          %1: u8[s0, 32] = qc.quantize_float8(%input_1, @input_scale, e4m3, 0)
+          %2: f32[s0, 32] = qc.lookup(%1, @input_scale, e4m3, 0)""",
+}
+
+
+@pytest.mark.parametrize("format", STATIC_TEXT)
+def test_static_scales_are_weights(linear, format):
+    x = torch.randn(40, 32) + 1
+    after, result = run_static(linear, x, format=format, granularity="tensor")
+    lines = [line.strip() for line in after.text().splitlines()[2:4]]
+    assert lines == [
+        line.strip().replace("@", "@weight.") for line in STATIC_TEXT[format].split("\n")[1:]
+    ]
+    scale = after.weights.materialize("weight.input_scale")
+    largest = {"int8": 127, "fp8": 448}.get(format)
+    if largest is None:
+        torch.testing.assert_close(scale, (x.max() - x.min()).reshape(1) / 255)
+        zero = after.weights.materialize("weight.input_zero_point")
+        assert zero.tolist() == [round(float(-x.min() / scale))]
+    else:
+        torch.testing.assert_close(scale, x.abs().max().reshape(1) / largest)
+    assert result.details[0]["scale"] == float(scale)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_zero_points_halve_the_steps_of_one_sided_inputs(linear, granularity):
+    x = torch.rand(60, 32)
+    exact = run_passes(linear, [QuantizeWeights("int8")])(x)
+    errors = {
+        format: float(
+            (run_static(linear, x, format=format, granularity=granularity)[0](x) - exact).norm()
+        )
+        for format in ("int4", "int4-asym")
+    }
+    # 15 steps over the range instead of 7; the error is a step's share.
+    assert 0.35 < errors["int4-asym"] / errors["int4"] < 0.6
+
+
+@pytest.mark.parametrize("format", ["int4", "int4-asym"])
+def test_clipping_by_least_error_loses_least(linear, format):
+    # Heavy tails: the largest of 12,800 values is far beyond nearly all of them.
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) ** 3
+    exact = run_passes(linear, [QuantizeWeights("int8")])(x)
+    options = {"format": format, "granularity": "tensor"}
+    errors = {
+        ranges: float((run_static(linear, x, ranges=ranges, **options)[0](x) - exact).norm())
+        for ranges in ("absmax", "percentile", "mse")
+    }
+    assert errors["mse"] < 0.8 * errors["absmax"]
+    assert errors["mse"] < errors["percentile"]
+
+
 def test_weights_must_be_quantized_before(untied):
     with pytest.raises(QCompileError, match="needs a program that is weights_quantized"):
         run_passes(untied, [QuantizeActivations()])
@@ -117,5 +209,9 @@ def test_unknown_options_are_refused():
         QuantizeActivations("int9")
     with pytest.raises(RecipeError, match="unknown choice 'row'"):
         QuantizeActivations(granularity="row")
+    with pytest.raises(RecipeError, match="measured at run time and have no zero points"):
+        QuantizeActivations("int8-asym")
+    with pytest.raises(RecipeError, match="measured at run time and have no zero points"):
+        QuantizeActivations(overrides=[{"match": "up", "format": "int4-asym"}])
     with pytest.raises(RecipeError, match="per channel span 'absmax'"):
         QuantizeActivations(granularity="channel", ranges="mse")

@@ -18,6 +18,7 @@ from qcompile.ir import dialect
 from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context
+from qcompile.passes.quantize.activation_formats import IntegerActivations
 from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.transform.clusters import cluster_channels, cluster_grids
@@ -123,6 +124,7 @@ def test_clusters_are_side_by_side_and_narrow_ones_first() -> None:
 
 def test_grids_span_what_was_seen_and_zero() -> None:
     low, high = torch.tensor([1.0, 2.0, -3.0]), torch.tensor([3.0, 15.0, 0.0])
-    scale, zero_point = cluster_grids(low, high, [2, 1], 4)
-    torch.testing.assert_close(scale, torch.tensor([1.0, 1.0, 0.2]))
-    assert zero_point.tolist() == [0, 0, 15]
+    grid = cluster_grids(low, high, [2, 1], IntegerActivations(4, symmetric=False))
+    torch.testing.assert_close(grid.scale, torch.tensor([1.0, 1.0, 0.2]))
+    assert grid.zero_point is not None
+    assert grid.zero_point.tolist() == [0, 0, 15]
