@@ -24,10 +24,11 @@ from qcompile.backends.onnx import dialect as standard
 from qcompile.backends.onnx.aten_indexing import embedding as float_embedding
 from qcompile.backends.onnx.aten_linear import linear as float_linear
 from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.quantized_experts import QUANTIZED_EXPERTS
 from qcompile.backends.onnx.stored import (
     StoredCodes,
     byte_codes,
-    matrix_codes,
+    decoded_codes,
     matrix_scale,
     matrix_zero_point,
     row_codes,
@@ -58,18 +59,8 @@ def _linear(b: Builder, x: ir.Value, weight: ir.Value, bias: ir.Value | None = N
     elif (rounded := rounded_input(b.node.args[0])) and _multiplies_integers(rounded, stored):
         product = _integer_product(b, rounded, stored)
     else:
-        product = b.op("MatMul", x, _matrix(b, stored))
+        product = b.op("MatMul", x, decoded_codes(b, stored))
     return product if bias is None else b.op("Add", product, bias)
-
-
-def _matrix(b: Builder, stored: StoredCodes) -> ir.Value:
-    """The weight as ``[K, N]`` float32, decoded at run time."""
-    zero_point = matrix_zero_point(b, stored, stored.container)
-    operands = (matrix_codes(b, stored), matrix_scale(b, stored), zero_point)
-    # One for each product: run times fuse the two only where nothing else reads the first.
-    if stored.groups == 1:
-        return b.op("DequantizeLinear", *operands, dtype=_FLOAT, axis=1)
-    return b.op("DequantizeLinear", *operands, dtype=_FLOAT, axis=0, block_size=stored.group_size)
 
 
 def _multiplies_integers(rounded: RoundedInput, stored: StoredCodes) -> bool:
@@ -193,5 +184,5 @@ def _scalar(b: Builder, node: fx.Node) -> ir.Value:
     return b.arranged_weight(str(node.target), "scalar", spec, lambda x: x.reshape(()))
 
 
-TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
+TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType({**_TABLE, **QUANTIZED_EXPERTS})
 """Layers over stored codes; everything else is left to the standard translations."""

@@ -16,13 +16,43 @@ from torch import Tensor
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.values import Packed
-from qcompile.formats import IntegerFormat, stored_weight
+from qcompile.formats import IntegerFormat, StoredWeight, stored_weight
 from qcompile.ir.weights import TensorSpec
+from qcompile.kernels.quantize.groups import group_count
 
 Arrange = Callable[[Tensor], Tensor]
 
-_UINT8 = ir.DataType.UINT8
+_FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 _ROW_CONTAINERS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a weight stands where it is multiplied with from the left: as one matrix ``[K, N]``.
+
+    Attributes:
+        order: Of the axes of what is stored, ``[..., K]`` or, of scales, ``[..., G]``; what comes
+            out is read as ``[K, N]`` or ``[G, N]``.
+        shape: ``(N, K)`` of the matrix.
+        group_size: Codes per scale along K; 0 is one group.
+        groups: ``G``.
+    """
+
+    order: tuple[int, ...]
+    shape: tuple[int, int]
+    group_size: int
+    groups: int
+
+    @staticmethod
+    def of(weight: StoredWeight) -> Placement:
+        """That of a matrix ``[N, K]`` by itself: turned."""
+        n, k = weight.shape
+        size = weight.format.group_size
+        return Placement((1, 0), (n, k), size if size < k else 0, group_count(k, size))
+
+    def turned(self, stored: Tensor) -> Tensor:
+        """Codes, scales or zero points as ``[K, N]`` or ``[G, N]``."""
+        return stored.permute(self.order).reshape(-1, self.shape[0])
 
 
 @dataclass(frozen=True)
@@ -30,24 +60,20 @@ class StoredCodes:
     """The codes, scales and zero points behind a `qc.dequantize` call that decodes a weight.
 
     Attributes:
-        codes: Name of the codes, ``[N, K]`` uint8, in the program's store.
-        scale: Name of the scales, ``[N, G]``.
-        zero_point: Name of the zero points, ``[N, G]`` uint8; None: ``2^(bits-1)`` everywhere.
+        codes: Name of the codes, ``[..., K]`` uint8, in the program's store.
+        scale: Name of the scales, ``[..., G]``.
+        zero_point: Name of the zero points, ``[..., G]`` uint8; None: ``2^(bits-1)`` everywhere.
         bits: Width of a code.
-        group_size: Codes per scale along K; 0 is one group.
-        shape: ``(N, K)``.
-        groups: ``G``.
         scale_dtype: Of the stored scales.
+        placement: The matrix that it stands for.
     """
 
     codes: str
     scale: str
     zero_point: str | None
     bits: int
-    group_size: int
-    shape: tuple[int, int]
-    groups: int
     scale_dtype: torch.dtype
+    placement: Placement
 
     @classmethod
     def behind(cls, node: object) -> StoredCodes | None:
@@ -55,21 +81,37 @@ class StoredCodes:
         weight = stored_weight(node)
         if weight is None or not isinstance(weight.format, IntegerFormat):
             return None
-        if len(weight.shape) != 2:
-            return None
+        return cls.of(weight, Placement.of(weight)) if len(weight.shape) == 2 else None
+
+    @classmethod
+    def of(cls, weight: StoredWeight, placement: Placement) -> StoredCodes:
+        """A weight of integers as a matrix."""
         format, tensors = weight.format, weight.tensors
-        n, k = weight.shape
+        assert isinstance(format, IntegerFormat)
         zero_point = tensors.get("zero_point")
         return cls(
             str(tensors["codes"].target),
             str(tensors["scale"].target),
             None if zero_point is None else str(zero_point.target),
             format.bits,
-            format.group_size if format.group_size < k else 0,
-            (n, k),
-            int(tensors["scale"].meta["val"].shape[1]),
             format.scale_dtype,
+            placement,
         )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)``."""
+        return self.placement.shape
+
+    @property
+    def groups(self) -> int:
+        """Scales per column."""
+        return self.placement.groups
+
+    @property
+    def group_size(self) -> int:
+        """Codes per scale along K; 0 is one group."""
+        return self.placement.group_size
 
     @property
     def container(self) -> int:
@@ -82,6 +124,16 @@ class StoredCodes:
         return row_width(self.bits)
 
 
+def decoded_codes(b: Builder, stored: StoredCodes) -> ir.Value:
+    """The weight as ``[K, N]`` float32, decoded at run time."""
+    zero_point = matrix_zero_point(b, stored, stored.container)
+    operands = (matrix_codes(b, stored), matrix_scale(b, stored), zero_point)
+    # One for each product: run times fuse the two only where nothing else reads the first.
+    if stored.groups == 1:
+        return b.op("DequantizeLinear", *operands, dtype=_FLOAT, axis=1)
+    return b.op("DequantizeLinear", *operands, dtype=_FLOAT, axis=0, block_size=stored.group_size)
+
+
 def matrix_codes(b: Builder, stored: StoredCodes) -> ir.Value:
     """The codes as ``[K, N]``, in the narrowest type that `DequantizeLinear` reads."""
     n, k = stored.shape
@@ -91,14 +143,15 @@ def matrix_codes(b: Builder, stored: StoredCodes) -> ir.Value:
         dtype = torch.int8 if signed else torch.uint8
 
         def turn(codes: Tensor) -> Tensor:
-            return (codes.t().to(torch.int16) - offset).to(dtype)
+            return (stored.placement.turned(codes).to(torch.int16) - offset).to(dtype)
 
         return b.arranged_weight(stored.codes, "matrix", TensorSpec((k, n), dtype), turn)
 
     packed = Packed(ir.DataType.INT4 if signed else ir.DataType.UINT4, (k, n))
     spec = TensorSpec((-(-k * n // 2),), torch.uint8)
+    turned = stored.placement.turned
     return b.arranged_weight(
-        stored.codes, "matrix", spec, lambda codes: pack_nibbles(codes.t(), offset), packed
+        stored.codes, "matrix", spec, lambda codes: pack_nibbles(turned(codes), offset), packed
     )
 
 
@@ -114,7 +167,7 @@ def matrix_scale(b: Builder, stored: StoredCodes) -> ir.Value:
     shape, arrange = _by_column(stored)
     spec = TensorSpec(shape, stored.scale_dtype)
     # Stored as they are: run times fold the cast of a constant when they load the model.
-    return b.cast(b.arranged_weight(stored.scale, "matrix", spec, arrange), ir.DataType.FLOAT)
+    return b.cast(b.arranged_weight(stored.scale, "matrix", spec, arrange), _FLOAT)
 
 
 def matrix_zero_point(b: Builder, stored: StoredCodes, container: int) -> ir.Value | None:
@@ -201,4 +254,4 @@ def _by_column(stored: StoredCodes) -> tuple[tuple[int, ...], Arrange]:
     n = stored.shape[0]
     if stored.groups == 1:
         return (n,), lambda rows: rows.reshape(-1)
-    return (stored.groups, n), lambda rows: rows.t()
+    return (stored.groups, n), stored.placement.turned

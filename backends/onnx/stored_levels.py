@@ -19,7 +19,14 @@ from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.dialect import spread_groups
 from qcompile.backends.onnx.dialect_float8 import FLOAT8_TYPES
 from qcompile.backends.onnx.dialect_lookup import look_up
-from qcompile.backends.onnx.stored import pack_nibbles, pack_rows, row_bytes, row_width, unpack_rows
+from qcompile.backends.onnx.stored import (
+    Placement,
+    pack_nibbles,
+    pack_rows,
+    row_bytes,
+    row_width,
+    unpack_rows,
+)
 from qcompile.backends.onnx.values import Packed
 from qcompile.formats import LookupFormat, StoredWeight, stored_weight
 from qcompile.ir.weights import TensorSpec
@@ -73,22 +80,30 @@ def stored_levels(node: object) -> StoredWeight | None:
     return weight if weight is not None and is_table and len(weight.shape) == 2 else None
 
 
-def decoded_matrix(b: Builder, weight: StoredWeight) -> ir.Value:
-    """The weight as ``[K, N]`` float32, decoded at run time."""
+def decoded_matrix(
+    b: Builder, weight: StoredWeight, placement: Placement | None = None
+) -> ir.Value:
+    """The weight as ``[K, N]`` float32, decoded at run time.
+
+    Args:
+        b: Where nodes go.
+        weight: Its codes are looked up.
+        placement: The matrix that it stands for; that of its own two axes unless given.
+    """
     format = weight.format
     assert isinstance(format, LookupFormat)
+    placement = placement or Placement.of(weight)
     elements = elements_of(format.table)
-    scale = _scale_by_column(b, weight)
+    scale = _scale_by_column(b, weight, placement)
     if elements is None:
-        return _looked_up_matrix(b, weight, format, scale)
+        return _looked_up_matrix(b, weight, format, scale, placement)
     if elements.factor != 1:
         scale = b.op("Mul", scale, elements.factor)
-    codes = _matrix_elements(b, weight, elements)
-    if _groups(weight) == 1:
+    codes = _matrix_elements(b, weight, elements, placement)
+    if placement.groups == 1:
         return b.op("DequantizeLinear", codes, scale, dtype=_FLOAT, axis=1)
-    return b.op(
-        "DequantizeLinear", codes, scale, dtype=_FLOAT, axis=0, block_size=format.group_size
-    )
+    size = placement.group_size
+    return b.op("DequantizeLinear", codes, scale, dtype=_FLOAT, axis=0, block_size=size)
 
 
 def gathered_rows(b: Builder, weight: StoredWeight, ids: ir.Value) -> ir.Value:
@@ -109,12 +124,14 @@ def gathered_rows(b: Builder, weight: StoredWeight, ids: ir.Value) -> ir.Value:
     return b.op("Mul", look_up(b, codes, format.table), spread)
 
 
-def _matrix_elements(b: Builder, weight: StoredWeight, elements: Elements) -> ir.Value:
-    n, k = weight.shape
+def _matrix_elements(
+    b: Builder, weight: StoredWeight, elements: Elements, placement: Placement
+) -> ir.Value:
+    n, k = placement.shape
     table = None if elements.values is None else torch.tensor(elements.values, dtype=torch.int8)
 
     def turn(codes: Tensor) -> Tensor:
-        turned = codes.t()
+        turned = placement.turned(codes)
         return turned if table is None else table[turned.long()]
 
     if elements.dtype == ir.DataType.INT4:
@@ -128,32 +145,35 @@ def _matrix_elements(b: Builder, weight: StoredWeight, elements: Elements) -> ir
 
 
 def _looked_up_matrix(
-    b: Builder, weight: StoredWeight, format: LookupFormat, scale: ir.Value
+    b: Builder, weight: StoredWeight, format: LookupFormat, scale: ir.Value, placement: Placement
 ) -> ir.Value:
-    n, k = weight.shape
+    n, k = placement.shape
     if code_bits(format.table) <= 4:
         codes = b.arranged_weight(
             _codes(weight),
             "nibbles",
             TensorSpec((-(-k * n // 2),), torch.uint8),
-            lambda codes: pack_nibbles(codes.t(), 0),
+            lambda codes: pack_nibbles(placement.turned(codes), 0),
             Packed(ir.DataType.UINT4, (k, n)),
         )
     else:
         spec = TensorSpec((k, n), torch.uint8)
-        codes = b.arranged_weight(_codes(weight), "transposed", spec, lambda codes: codes.t())
-    if _groups(weight) > 1:
-        places = b.constant([row // format.group_size for row in range(k)], ir.DataType.INT64)
+        codes = b.arranged_weight(_codes(weight), "transposed", spec, placement.turned)
+    if placement.groups > 1:
+        places = b.constant([row // placement.group_size for row in range(k)], ir.DataType.INT64)
         scale = b.op("Gather", scale, places, axis=0)
     return b.op("Mul", look_up(b, codes, format.table), scale)
 
 
-def _scale_by_column(b: Builder, weight: StoredWeight) -> ir.Value:
+def _scale_by_column(b: Builder, weight: StoredWeight, placement: Placement) -> ir.Value:
     """The scales as float32: ``[G, N]``, or ``[N]`` where there is one per column."""
     scale = b.cast(b.emitted[_scale_node(weight)], _FLOAT)
-    if _groups(weight) == 1:
+    if placement.groups == 1:
         return b.op("Reshape", scale, [-1])
-    return b.op("Transpose", scale, perm=[1, 0])
+    scale = b.op("Transpose", scale, perm=list(placement.order))
+    if len(placement.order) == 2:
+        return scale
+    return b.op("Reshape", scale, [placement.groups, placement.shape[0]])
 
 
 def _codes(weight: StoredWeight) -> str:
