@@ -172,9 +172,11 @@ def _weight_findings(weights: WeightPlan, capabilities: Capabilities) -> Iterato
         if weight.conflict is not None:
             yield Finding(weight.name, weight.conflict.message, weight.conflict.remedy)
         elif weight.format is not None:
-            reason = _refusal(weight, weight.format, capabilities)
-            if reason is not None:
-                yield Finding(weight.name, reason, _other_format(weight, capabilities))
+            for format in weight.alternatives or (weight.format,):
+                reason = _refusal(weight, format, capabilities)
+                if reason is not None:
+                    other = _other_format(replace(weight, format=format), capabilities)
+                    yield Finding(weight.name, reason, other)
 
 
 def _refusal(weight: PlannedWeight, format: Format, capabilities: Capabilities) -> str | None:

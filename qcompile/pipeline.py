@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from qcompile.ir.types import Fact
 from qcompile.passes.canonicalize import canonicalize_phase
 from qcompile.passes.infra import Pass, Phase
+from qcompile.passes.quantize.allocation.quantize_to_budget import quantize_weights
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_cache import QuantizeCache
 from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
-from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.raise_ops import raise_phase
 from qcompile.passes.transform.atq import Atq
 from qcompile.passes.transform.centre_norms import CentreNorms
@@ -35,7 +35,7 @@ PASSES: Mapping[str, Callable[..., Pass]] = {
     "quip": Quip,
     "rptq": Rptq,
     "atq": Atq,
-    "quantize_weights": QuantizeWeights,
+    "quantize_weights": quantize_weights,
     "quantize_activations": QuantizeActivations,
     "quantize_clusters": QuantizeClusters,
     "quantize_cache": QuantizeCache,

@@ -7,7 +7,7 @@ are shapes only. It can be printed, counted, checked and lowered, but not run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, cast
 
@@ -29,6 +29,7 @@ from qcompile.passes.infra import (
     Phase,
 )
 from qcompile.passes.quantize.activation_formats import Grid
+from qcompile.passes.quantize.allocation.plan import candidate_formats, open_weights, stand_ins
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
 from qcompile.passes.quantize.policy import FormatPolicy
 from qcompile.passes.quantize.quantize_activations import (
@@ -54,6 +55,7 @@ class PlannedWeight:
         format: Its format, or None if it stays float.
         reason: Why it stays float; empty otherwise.
         conflict: Why no format can be chosen, or None.
+        alternatives: Where a budget decides, what else the format may become.
     """
 
     name: str
@@ -62,6 +64,7 @@ class PlannedWeight:
     format: Format | None
     reason: str = ""
     conflict: RecipeError | None = None
+    alternatives: tuple[Format, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,18 @@ def plan_weights(program: Program, recipe: Recipe) -> WeightPlan:
         recipe: The recipe; without a step that quantizes weights all stay float.
     """
     found, excluded = layer_weights(program)
-    policy = next(
-        (_policy(o) for step in recipe.steps if isinstance(o := step.options, QuantizeWeights)),
-        None,
+    options = next(
+        (o for step in recipe.steps if isinstance(o := step.options, QuantizeWeights)), None
     )
+    policy = None if options is None else _policy(program, options)
     weights = [_decide(program, policy, weight) for weight in found]
+    if options is not None and options.has_budget:
+        candidates = candidate_formats(options.format, options.candidates)
+        is_open = {w.name for w in open_weights(found, options.ignore, options.overrides)}
+        weights = [
+            replace(weight, alternatives=candidates) if weight.name in is_open else weight
+            for weight in weights
+        ]
     weights += [
         PlannedWeight(name, (), program.weights.spec(name).shape, None, reason)
         for name, reason in excluded.items()
@@ -151,7 +161,7 @@ class PlanWeights(Pass):
     numerics: ClassVar[Numerics] = Lossy()
 
     def __init__(self, options: StepOptions) -> None:
-        self._policy = _policy(cast(QuantizeWeights, options))
+        self._options = cast(QuantizeWeights, options)
 
     @property
     def name(self) -> str:
@@ -166,8 +176,9 @@ class PlanWeights(Pass):
         """
         del context
         result = PassResult()
+        policy = _policy(program, self._options)
         for weight in layer_weights(program)[0]:
-            format = self._policy.decide(weight).format
+            format = policy.decide(weight).format
             if format is not None:
                 shape = program.weights.spec(weight.name).shape
                 replace_weight(program, weight, _without_numbers(format, shape))
@@ -239,13 +250,15 @@ PLANNERS: Mapping[str, Callable[[StepOptions], Pass]] = MappingProxyType(
 """For each step whose pass reads weights, a pass that makes the same program without reading."""
 
 
-def _policy(options: QuantizeWeights) -> FormatPolicy:
+def _policy(program: Program, options: QuantizeWeights) -> FormatPolicy:
+    """The policy of a step; where a budget decides, one that comes near it without measuring."""
+    own = [{"match": item.match, "format": item.format} for item in options.overrides]
     return FormatPolicy.of(
         options.format,
         embedding=options.embedding,
         lm_head=options.lm_head,
         ignore=options.ignore,
-        overrides=[{"match": item.match, "format": item.format} for item in options.overrides],
+        overrides=[*stand_ins(program, options), *own],
     )
 
 

@@ -234,7 +234,7 @@ def _dotted(path: tuple[int | str, ...]) -> str:
 
 
 def _sentence(details: ErrorDetails) -> str:
-    if details["type"] in {"format", "pattern", "step", "order", "method"}:
+    if details["type"] in {"format", "pattern", "step", "order", "method", "budget"}:
         return details["msg"]
     if details["type"] == "missing":
         return "this key is required"

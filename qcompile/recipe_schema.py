@@ -143,6 +143,12 @@ class QuantizeWeights(StepOptions):
             tensor, else it stays float.
         lm_head: Format of the output projection to the vocabulary. None: ``format``.
         overrides: Formats by pattern; the last match wins, over all of the above but ``ignore``.
+        target_bits: Stored bits per weight, on average over the linears that nothing above names:
+            each gets the one of ``candidates`` that serves the whole best, by sensitivities that
+            are measured on calibration data.
+        target_size: The same for the bytes of all weights together, embeddings included: a number,
+            or such as ``"80MiB"``.
+        candidates: Formats to choose from. None: those of ``format``'s kind, by width.
     """
 
     format: WeightFormat
@@ -154,6 +160,33 @@ class QuantizeWeights(StepOptions):
     embedding: WeightFormatOrFloat | None = None
     lm_head: WeightFormatOrFloat | None = None
     overrides: tuple[WeightOverride, ...] = ()
+    target_bits: float | None = Field(default=None, gt=0, le=32)
+    target_size: int | str | None = None
+    candidates: tuple[WeightFormat, ...] = ()
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether formats are chosen for a budget."""
+        return self.target_bits is not None or self.target_size is not None
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> QuantizeWeights:
+        from qcompile.calibration.settings import parse_bytes  # pulls in torch
+
+        if self.target_bits is not None and self.target_size is not None:
+            raise _custom_error(
+                "budget", "target_bits and target_size are two budgets", "leave one of them out"
+            )
+        if self.candidates and not self.has_budget:
+            raise _custom_error(
+                "budget", "candidates without a budget", "add target_bits or target_size"
+            )
+        if self.target_size is not None:
+            try:
+                parse_bytes(self.target_size)
+            except QCompileError as error:
+                raise _custom_error("budget", error.message, error.remedy) from error
+        return self
 
     @model_validator(mode="after")
     def _check_options(self) -> QuantizeWeights:
