@@ -66,7 +66,8 @@ class Tokenizer:
         if not path.is_file():
             raise ArtifactError(
                 f"{directory} has no {TOKENIZER_NAME}: text cannot be tokenized",
-                remedy="pass token ids, or compile a model that comes with its tokenizer",
+                remedy="use complete(), which takes and returns token ids, or compile a model that "
+                "comes with its tokenizer",
             )
         try:
             backend = tokenizers.Tokenizer.from_str(_read(path))

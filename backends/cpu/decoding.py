@@ -131,6 +131,11 @@ class CachedDecoder(Decoder):
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
+def grows_in_place(signature: Signature) -> bool:
+    """Whether a model appends to its caches in place: they go in and come out in one shape."""
+    return all(past.shape == present.shape for past, present in signature.cache_pairs())
+
+
 def _cache_shape(value: ValueInfo, batch: int, capacity: int) -> tuple[tuple[int, ...], int]:
     """The shape of a cache, and the axis that holds the tokens: the symbolic one but the first."""
     axis = next(i for i, size in enumerate(value.shape) if i and isinstance(size, str))

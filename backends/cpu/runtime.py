@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnxruntime
 
-from qcompile.backends.cpu.decoding import CachedDecoder
+from qcompile.backends.cpu.decoding import CachedDecoder, grows_in_place
 from qcompile.backends.decoding import Decoder
 from qcompile.backends.onnx.runtime import OnnxSession
 from qcompile.kernels.cpu import library_path
@@ -20,6 +20,6 @@ class CpuSession(OnnxSession):
         return options
 
     def _decoder(self, batch: int, capacity: int) -> Decoder:
-        if not self._has_cache:
-            return super()._decoder(batch, capacity)
-        return CachedDecoder(self._runtime, self._signature, batch, capacity)
+        if self._has_cache and grows_in_place(self._signature):
+            return CachedDecoder(self._runtime, self._signature, batch, capacity)
+        return super()._decoder(batch, capacity)

@@ -12,6 +12,7 @@ from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
 from qcompile.backends.onnx.signature import signature_of
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
 from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
@@ -74,7 +75,9 @@ def _emit(program: Program) -> OnnxGraph:
 
 
 def _rename_capacity(graph: OnnxGraph, program: Program) -> None:
-    """The cache axis of inputs and outputs is the capacity, on both sides the same."""
+    """The axis of caches that grow in place is the capacity, for inputs and outputs the same."""
+    if any(True for _ in program.calls(dialect.kv_append)):
+        return
     for values, ports in (
         (graph.model.graph.inputs, program.signature.inputs),
         (graph.model.graph.outputs, program.signature.outputs),

@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from qcompile.backends.cpu import ops
-from qcompile.errors import TargetError
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
@@ -36,19 +35,20 @@ class FuseAttention(Pass):
 
     Every part but the attention itself is optional: what is not there, or has another user, stays
     outside of the node.
+
+    A cache that other nodes read, such as the latent of multi-head latent attention, cannot be
+    appended to inside of a node. All caches of such a model grow as plain tensors then, and an
+    attention over them stays one of standard operators.
     """
 
     requires = frozenset({Fact.CANONICAL})
     numerics = Equivalent()
 
     def run(self, program: Program, context: Context) -> PassResult:
-        """Rewrites every attention.
-
-        Raises:
-            TargetError: If a cache is read by anything but its own attention.
-        """
+        """Rewrites every attention that the kernel can compute."""
         del context
         result = PassResult()
+        in_place = all(_has_one_reader(node) for node in program.calls(dialect.kv_append))
         editor = Editor(program)
         mask = next(
             (
@@ -59,19 +59,31 @@ class FuseAttention(Pass):
             None,
         )
         for node in program.calls(dialect.attention):
-            _fuse(editor, node, mask)
-            result.rewrites += 1
-        _refuse_foreign_caches(program)
+            if in_place or _attends_to_itself(node):
+                _fuse(editor, node, mask)
+                result.rewrites += 1
         return result
 
 
-def _refuse_foreign_caches(program: Program) -> None:
-    left = [node for node in program.calls(dialect.kv_append) if node.users]
-    if left:
-        raise TargetError(
-            f"the cache of node '{left[0].name}' is read by other nodes than one attention, which "
-            "the cpu target cannot run in place"
-        )
+def _has_one_reader(append: fx.Node) -> bool:
+    """Whether all that reads a cache is one attention over two caches, and the output."""
+    readers = [user for user in append.users if user.op != "output"]
+    if len(readers) != 1 or readers[0].target is not dialect.attention:
+        return False
+    key, value = readers[0].args[1:3]
+    return key is not value and _is_append(key) and _is_append(value)
+
+
+def _is_append(value: Any) -> bool:
+    return isinstance(value, fx.Node) and value.target is dialect.kv_append
+
+
+def _attends_to_itself(attention: fx.Node) -> bool:
+    """Whether there are as many keys as queries, so that no cache stands before them."""
+    query, key = attention.args[:2]
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    return str(query.meta["val"].shape[2]) == str(key.meta["val"].shape[2])
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,8 @@ def _fuse(editor: Editor, node: fx.Node, attention_mask: fx.Node | None) -> None
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)
     heads, kv_heads = int(query.meta["val"].shape[1]), int(key.meta["val"].shape[1])
-    past_key, new_key = _split_append(key, node)
-    past_value, new_value = _split_append(value, node)
+    past_key, new_key = _split_append(key)
+    past_value, new_value = _split_append(value)
     if (past_key is None) != (past_value is None):
         past_key, new_key, past_value, new_value = None, key, None, value
     rotation = _common_rotation(query, new_key)
@@ -117,11 +129,9 @@ def _fuse(editor: Editor, node: fx.Node, attention_mask: fx.Node | None) -> None
         value.replace_all_uses_with(present_value)
 
 
-def _split_append(node: fx.Node, attention: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    """The past and the new positions, if only this attention and the output read an append."""
-    if node.target is not dialect.kv_append:
-        return None, node
-    if any(user is not attention and user.op != "output" for user in node.users):
+def _split_append(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+    """The past and the new positions of a key or value, if a cache holds it."""
+    if not _is_append(node):
         return None, node
     past, new = node.args
     assert isinstance(past, fx.Node)
