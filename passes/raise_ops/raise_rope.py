@@ -57,6 +57,8 @@ class RaiseRope(Pass):
         """Raises what probing accepts; what merely looks alike is left alone."""
         result = PassResult()
         editor = Editor(program)
+        for pairs in program.calls(aten.view_as_complex.default):
+            _keep_channels(editor, pairs)
         data = data_nodes(program)
         probe = Probe(program, context.seed)
         for exit_node in program.calls(*_EXITS):
@@ -107,6 +109,24 @@ class _Rotation:
     interleaved: bool
     negated: bool
     apart: bool
+
+
+def _keep_channels(editor: Editor, pairs: fx.Node) -> None:
+    """Lets ``[B, H, S, R]`` appear as a value before its channels are read as pairs.
+
+    One reshape may have split heads and pairs at once; a rotation needs what lies between.
+    """
+    split = pairs.args[0]
+    if not isinstance(split, fx.Node) or split.target is not aten.reshape.default:
+        return
+    source, sizes = split.args
+    planes = split.meta["val"].shape[-2]
+    if not isinstance(source, fx.Node) or not isinstance(sizes, list | tuple):
+        return
+    if isinstance(planes, int) and source.meta["val"].dim() != len(sizes) - 1:
+        with editor.before(split):
+            whole = editor.call(aten.reshape.default, source, [*sizes[:-2], 2 * planes])
+        split.args = (whole, [*sizes[:-2], planes, 2])
 
 
 def _raise(editor: Editor, probe: Probe, data: set[fx.Node], exit_node: fx.Node) -> fx.Node | None:

@@ -137,6 +137,30 @@ def test_what_is_almost_a_rotation_is_left(rotation: Rotation, after: Any) -> No
     torch.testing.assert_close(program(x, positions), model(x, positions))
 
 
+class SharedKey(nn.Module):
+    """One head for all queries, whose channels become heads and complex pairs in one reshape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, WIDTH)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        angle = positions.unsqueeze(-1) * 10.0 ** (-torch.arange(WIDTH // 2) / 2.0)
+        turn = torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+        planes = self.proj(x).reshape(x.shape[0], 1, x.shape[1], WIDTH // 2, 2)
+        return torch.view_as_real(torch.view_as_complex(planes) * turn).flatten(3)
+
+
+def test_heads_and_pairs_split_by_one_reshape_are_rotated(after: Any) -> None:
+    model = SharedKey()
+    program = after(RaiseRope(), model, (torch.randn(2, 3, 6), torch.arange(6).reshape(2, 3)))
+
+    (node,) = program.calls(torch.ops.qc.rope.default)
+    assert node.args[3] is True
+    x, positions = torch.randn(3, 5, 6), torch.randint(50, (3, 5))
+    torch.testing.assert_close(program(x, positions), model(x, positions), rtol=1e-5, atol=1e-6)
+
+
 def test_partial_rotation_takes_the_whole_head(after: Any) -> None:
     program, _ = program_of(partial, after)
 
