@@ -75,7 +75,7 @@ class OsPlus(ScaleRule):
     Source: Wei et al. 2023 (Outlier Suppression+, arXiv 2304.09145), section 4.2.
     """
 
-    strengths = tuple(2 ** (-i / 4) for i in range(1, 41))
+    strengths = tuple(2 ** (-i / 2) for i in range(1, 21))
 
     def scale(self, seen: Magnitudes, strength: float) -> Tensor:
         """With t = `strength` times the largest activation of all channels."""
