@@ -105,6 +105,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
+    "quik": weights({"w4": "int4+6.25%fp16"}, **{**_GPTQ, "method": "quik"}),
     "slim": weights(
         {"w3-g64": "int3-g64-asym", "w2-g64": "int2-g64-asym"}, method="slim", scale_search="mse"
     ),

@@ -61,6 +61,8 @@ def _completed(expert: Hessian, everyone: Hessian) -> Seen:
     if missing <= 0 or not everyone.count:
         return Seen(Inputs(expert), expert.count)
     added = everyone.matrix.mul_(missing)
-    total = Hessian(added.add_(expert.sum) if expert.count else added, expert.count + missing)
+    total = Hessian(
+        added.add_(expert.sum) if expert.count else added, expert.count + missing, everyone.peak
+    )
     note = "few tokens were routed here, so what all experts read counts as well"
     return Seen(Inputs(total), expert.count, (note,))

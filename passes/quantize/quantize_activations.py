@@ -27,6 +27,7 @@ from qcompile.passes.quantize.activation_formats import (
 from qcompile.passes.quantize.activation_ranges import RANGE_METHODS, RangeMethod, tensor_grid
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import Override, matches_any
+from qcompile.passes.quantize.split_inputs import coded_reads
 
 Granularity = Literal["token", "group", "tensor", "channel"]
 """One scale per token, or per token and group of the weight, both measured at run time; one for
@@ -39,20 +40,22 @@ _STATIC = frozenset({"tensor", "channel"})
 
 @dataclass
 class RoundedInput:
-    """A value, and the linears that read it rounded alike.
+    """A value, and the nodes that read it rounded alike.
 
     Attributes:
         value: The value.
         group_size: Channels per scale; 0 is one scale for all.
         format: Of its codes.
-        linears: What reads it.
-        weights: Their weights' names.
+        stem: What its stored scales are named after.
+        readers: Linears, or what puts parts of their inputs together.
+        weights: Names of the linears' weights.
     """
 
     value: fx.Node
     group_size: int
     format: ActivationFormat
-    linears: list[fx.Node]
+    stem: str
+    readers: list[fx.Node]
     weights: list[str]
 
 
@@ -81,9 +84,10 @@ class QuantizeActivations(Pass):
         %4 = aten.linear(%3, %w)
 
     8-bit floats have ``qc.float8_scale``, ``qc.quantize_float8`` and ``qc.lookup`` in these places.
-    Linears that share an input, a group size and a format share the nodes. Each rounded input
-    leaves a record in the result's details: ``input, format, group_size, weights``, and ``scale``
-    where it is one static number.
+    Linears that share an input, a group size and a format share the nodes. Where columns of a
+    weight stay floats, their inputs do; those of each other part are rounded by themselves. Each
+    rounded input leaves a record in the result's details: ``input, format, group_size, weights``,
+    and ``scale`` where it is one static number.
 
     Args:
         format: A name; see `qcompile.passes.quantize.activation_formats`.
@@ -162,19 +166,18 @@ class QuantizeActivations(Pass):
                 "group_size": group.group_size,
                 "weights": group.weights,
             }
-            with editor.before(group.linears[0]):
+            with editor.before(group.readers[0]):
                 if self._is_static:
                     numbers = grids[group.value, group.format]
-                    stem = group.weights[0].removesuffix(".weight")
-                    grid = store_grid(editor, stem, numbers)
+                    grid = store_grid(editor, group.stem, numbers)
                     if numbers.scale.numel() == 1 and not numbers.scale.is_meta:
                         detail["scale"] = float(numbers.scale)
                 else:
                     grid = group.format.measure(editor, group.value, group.group_size)
                 rounded = group.format.emit(editor, group.value, grid, group.group_size)
-            for linear in group.linears:
-                linear.update_arg(0, rounded)
-            result.rewrites += len(group.linears)
+            for reader in group.readers:
+                reader.replace_input_with(group.value, rounded)
+            result.rewrites += len(group.readers)
             result.details.append(detail)
         return result
 
@@ -197,11 +200,12 @@ class QuantizeActivations(Pass):
             if source.target in _DECODES:
                 result.skips.append(Skip(weight.name, "its input is rounded already"))
                 continue
-            size = {"group": weight.format.group_size, "channel": 1}.get(self._granularity, 0)
-            group = RoundedInput(source, size, format, [], [])
-            entry = found.setdefault((source, size, format), group)
-            entry.linears.append(linear)
-            entry.weights.append(weight.name)
+            for read in coded_reads(program, linear, weight):
+                size = {"group": read.group_size, "channel": 1}.get(self._granularity, 0)
+                group = RoundedInput(read.value, size, format, read.stem, [], [])
+                entry = found.setdefault((read.value, size, format), group)
+                entry.readers.append(read.reader)
+                entry.weights.append(weight.name)
         yield from found.values()
 
     def scale_shape(self, group: RoundedInput) -> tuple[int]:

@@ -63,30 +63,33 @@ class Hessian(Statistic):
     Attributes:
         sum: X^T X, float64 [K, K]; products in float32 over a micro-batch.
         count: Rows seen.
+        peak: Largest magnitude of each channel, float32 [K].
     """
 
     sum: Tensor = field(default_factory=_empty)
     count: int = 0
+    peak: Tensor = field(default_factory=_empty)
 
     def update(self, rows: Tensor) -> None:
         """Adds rows, float32 [n, K]."""
         if len(rows):
-            self._add(gram(rows), len(rows))
+            self._add(gram(rows), len(rows), rows.abs().amax(0))
 
     def merge(self, other: Self) -> None:
         """Adds all that `other` saw."""
-        self._add(other.sum, other.count)
+        self._add(other.sum, other.count, other.peak)
 
     @property
     def matrix(self) -> Tensor:
         """X^T X / n, float64 [K, K], symmetric."""
         return self.sum / max(1, self.count)
 
-    def _add(self, part: Tensor, count: int) -> None:
+    def _add(self, part: Tensor, count: int, peak: Tensor) -> None:
         if count:
             # A copy: what another one summed up must not change with this one.
             first = self.count == 0
             self.sum = part.to(torch.float64, copy=True) if first else self.sum.add_(part)
+            self.peak = peak if first else torch.maximum(self.peak, peak)
             self.count += count
 
 

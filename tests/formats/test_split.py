@@ -10,9 +10,10 @@ from qcompile.errors import ModelError, RecipeError
 from qcompile.formats import SplitFormat, parse_format, stored_weight
 from qcompile.formats.split import side_by_side
 from qcompile.passes.infra import Context
-from qcompile.passes.lower.split_linears import SplitLinears, regroup_input
+from qcompile.passes.lower.split_linears import SplitLinears
 from qcompile.passes.quantize.bits import count_bits
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+from qcompile.passes.quantize.split_inputs import regroup_input
 
 aten = torch.ops.aten
 

@@ -16,6 +16,7 @@ from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hqq import Hqq
 from qcompile.passes.quantize.methods.magr import Magr
 from qcompile.passes.quantize.methods.owq import Owq
+from qcompile.passes.quantize.methods.quik import Quik
 from qcompile.passes.quantize.methods.rtn import Rtn
 from qcompile.passes.quantize.methods.slim import Slim
 
@@ -29,6 +30,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "magr": Magr,
         "awq_clip": AwqClip,
         "owq": Owq,
+        "quik": Quik,
         "slim": Slim,
     }
 )

@@ -81,8 +81,7 @@ def test_groups_below_two_bits_are_plus_or_minus_a_scale():
 
 def test_last_group_that_is_short_keeps_its_bits():
     weight, inputs = problem(UNEVEN)
-    narrow = Hessian()
-    narrow._add(inputs.hessian.sum[:120, :120], inputs.hessian.count)
+    narrow = Hessian(inputs.hessian.sum[:120, :120], inputs.hessian.count)
     outcome = Slim().quantize(task(weight[:, :120], Inputs(narrow), "int3-g16-asym"))
     found = outcome.weight.format
     assert isinstance(found.base, IntegerFormat)
