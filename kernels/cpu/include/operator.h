@@ -120,6 +120,7 @@ OperatorSpec AttentionSpec();
 OperatorSpec RmsNormSpec();
 OperatorSpec GatedActivationSpec();
 OperatorSpec HadamardSpec();
+OperatorSpec VectorLinearSpec();
 
 // An operator of one instruction set in the form that ONNX Runtime takes.
 struct CustomOp : ort::OrtCustomOp {

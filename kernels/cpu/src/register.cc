@@ -19,7 +19,8 @@ ort::OrtStatus* MakeLibrary(const ort::OrtApi& api, const KernelTable& kernels, 
     return status;
   }
   for (OperatorSpec (*spec)() : {QLinearSpec, QLinearsSpec, QGatedLinearSpec, QEmbeddingSpec,
-                                 AttentionSpec, RmsNormSpec, GatedActivationSpec, HadamardSpec}) {
+                                 AttentionSpec, RmsNormSpec, GatedActivationSpec, HadamardSpec,
+                                 VectorLinearSpec}) {
     library->ops.push_back(std::make_unique<CustomOp>(spec(), kernels, api));
     if (ort::OrtStatus* status =
             api.CustomOpDomain_Add(library->domain, library->ops.back().get())) {

@@ -3,26 +3,11 @@
 #include <cstring>
 
 #include "codings.h"
+#include "half.h"
 #include "packed_weight.h"
 
 namespace qcompile::cpu {
 namespace {
-
-float BitsToFloat(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-float HalfToFloat(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = half >> 10 & 0x1fu, mantissa = half & 0x3ffu;
-  if (exponent == 0) {  // subnormal: mantissa * 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  return BitsToFloat(sign | (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
-}
 
 float E4m3ToFloat(uint32_t code) {
   return BitsToFloat((code & 0x80u) << 24 | (code & 0x7fu) << 20) * kE4m3Exponents;
@@ -47,7 +32,7 @@ float ScaleOf(const PackedLayout& layout, const uint8_t* weight, const uint8_t* 
       return HalfToFloat(bits);
     case ScaleType::kBfloat16:
       std::memcpy(&bits, header + 2 * column, sizeof(bits));
-      return BitsToFloat(static_cast<uint32_t>(bits) << 16);
+      return Bfloat16ToFloat(bits);
     case ScaleType::kE8m0:
       // The exponent 0 stands for 2^-127, which a float32 spells as half of its least exponent.
       return BitsToFloat(std::max(static_cast<uint32_t>(header[column]) << 23, 1u << 22));
