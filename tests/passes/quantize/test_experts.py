@@ -151,7 +151,7 @@ def test_expert_that_sees_few_rows_is_calibrated_on_what_all_of_them_see():
     assert few == [0, 2, 3]
     for expert in range(4):
         missing = max(0, 32 - sum(map(len, seen[expert])))
-        extra = Hessian(everyone.matrix * missing, missing) if missing else None
+        extra = Hessian(everyone.matrix * missing, missing, everyone.peak) if missing else None
         assert torch.equal(decoded(after, "up")[expert], gptq(weight[expert], seen[expert], extra))
     assert records["up"]["notes"] == [f"experts 0, 2, 3: {FEW}"]
 
