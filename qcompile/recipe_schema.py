@@ -355,11 +355,14 @@ class Resq(StepOptions):
     Attributes:
         fraction: Of the channels of each basis that form the high part.
         multiple: High parts of the residual stream are multiples of this.
+        query_key: Whether queries and keys are turned into such a basis behind their rotary
+            embedding, by nodes that stay.
         seed: For the rotations of each part.
     """
 
     fraction: float = Field(default=0.125, gt=0, lt=1)
     multiple: int = Field(default=8, ge=1)
+    query_key: bool = False
     seed: int = 0
 
 

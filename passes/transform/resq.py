@@ -13,13 +13,14 @@ from qcompile.analysis.roles import linears_by_input, weight_name
 from qcompile.analysis.sites import Site
 from qcompile.calibration.requests import Request, Statistics
 from qcompile.calibration.statistics import Hessian
+from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
 from qcompile.passes.measure import measure
 from qcompile.passes.quantize.layers import output_projection
 from qcompile.passes.transform.absorb import absorb
-from qcompile.passes.transform.insert import insert_before
+from qcompile.passes.transform.insert import insert_before, rotate_queries_and_keys
 from qcompile.passes.transform.rotate import rotation_sites
 from qcompile.passes.transform.split_channels import split_channels
 from qcompile.passes.transform.values import Orthogonal, Permutation, random_orthogonal
@@ -43,12 +44,17 @@ class Resq(Pass):
     Behind attention, where each head has both parts, a permutation that stays in the program puts
     the low parts of all heads first. The linear that makes the logits is not split.
 
+    Keys behind their rotary embedding, and queries with them, can be turned into such a basis too,
+    one for all heads of a layer, by nodes that stay. It pays where the cache gives groups of
+    channels scales of their own.
+
     The result's details say ``place, weights, high, variance``: channels in the high part, and the
     fraction of the variance that lies there.
 
     Args:
         fraction: Of the channels of each basis that form the high part.
         multiple: High parts of the residual stream are multiples of this, for kernels' sake.
+        query_key: Whether to turn queries and keys.
         seed: Added to the compilation's own, for the rotations of each part.
 
     Source: Saxena et al. 2024 (ResQ, arXiv 2412.14363).
@@ -57,9 +63,16 @@ class Resq(Pass):
     requires = frozenset({Fact.GAINS_FOLDED})
     numerics = Equivalent()
 
-    def __init__(self, fraction: float = 0.125, multiple: int = 8, seed: int = 0) -> None:
+    def __init__(
+        self,
+        fraction: float = 0.125,
+        multiple: int = 8,
+        query_key: bool = False,
+        seed: int = 0,
+    ) -> None:
         self._fraction = fraction
         self._multiple = multiple
+        self._query_key = query_key
         self._seed = seed
 
     def run(self, program: Program, context: Context) -> PassResult:
@@ -75,7 +88,9 @@ class Resq(Pass):
             for place, site in rotation_sites(program)
             if (basis := self._basis(place, site, linears, result)) is not None
         ]
-        requests = [Request(value, Hessian) for basis in bases for value in basis.values]
+        keys = {n: _new_keys(n) for n in program.calls(dialect.attention) if self._query_key}
+        values = [*(value for basis in bases for value in basis.values), *keys.values()]
+        requests = [Request(value, Hessian) for value in values]
         found = measure(program, requests, context, "ResQ")
         generator = torch.Generator().manual_seed(context.seed + self._seed)
         for basis in bases:
@@ -83,6 +98,10 @@ class Resq(Pass):
             result.rewrites += 1
         for basis in bases:
             _split(program, basis, result)
+        for attention, key in keys.items():
+            covariance = found.of(key, Hessian).matrix
+            result.details.append(self._rotate_keys(program, attention, covariance, generator))
+            result.rewrites += 1
         return result
 
     def _basis(
@@ -103,11 +122,14 @@ class Resq(Pass):
         if not all(covers):
             result.skips.append(Skip(site.sources[0], "no linear tells the variance of its basis"))
             return None
-        high = max(multiple, round(site.size * self._fraction / multiple) * multiple)
+        high = self._high(site.size, multiple)
         if high >= site.size:
             result.skips.append(Skip(site.sources[0], f"{site.size} channels are too few to split"))
             return None
         return _Basis(place, site, covers, high)
+
+    def _high(self, size: int, multiple: int) -> int:
+        return max(multiple, round(size * self._fraction / multiple) * multiple)
 
     def _rotate(
         self, program: Program, basis: _Basis, found: Statistics, generator: torch.Generator
@@ -121,14 +143,30 @@ class Resq(Pass):
                 covariance += found.of(value, Hessian).matrix[stretch, stretch]
             rotation = principal_rotation(covariance, high, generator)
             rotations.append(Orthogonal(rotation))
-            variances = (rotation.T @ covariance @ rotation).diagonal()
-            fractions.append(float(variances[-high:].sum() / variances.sum()))
+            fractions.append(_variance_above(rotation, covariance, high))
         absorb(program, basis.site, rotations)
         return {
             "place": basis.place,
             "weights": [*basis.site.sources, *basis.site.sinks],
             "high": high,
             "variance": sum(fractions) / len(fractions),
+        }
+
+    def _rotate_keys(
+        self,
+        program: Program,
+        attention: fx.Node,
+        covariance: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, object]:
+        high = self._high(len(covariance), 1)
+        rotation = principal_rotation(covariance, high, generator)
+        rotate_queries_and_keys(program, attention, Orthogonal(rotation))
+        return {
+            "place": "queries and keys",
+            "weights": [],
+            "high": high,
+            "variance": _variance_above(rotation, covariance, high),
         }
 
 
@@ -178,6 +216,21 @@ def principal_rotation(covariance: Tensor, high: int, generator: torch.Generator
     _, components = torch.linalg.eigh(damped)
     low = components[:, : n - high] @ random_orthogonal(n - high, generator).rotation
     return torch.cat((low, components[:, n - high :] @ _random(high, generator)), dim=1)
+
+
+def _variance_above(rotation: Tensor, covariance: Tensor, high: int) -> float:
+    """The fraction of the variance that lies in the last channels of a basis."""
+    variances = (rotation.T @ covariance @ rotation).diagonal()
+    return float(variances[-high:].sum() / variances.sum())
+
+
+def _new_keys(attention: fx.Node) -> fx.Node:
+    """The keys of an attention ``[B, heads, T, D]``, before they join a cache."""
+    key = attention.args[1]
+    assert isinstance(key, fx.Node)
+    new = key.args[1] if key.target is dialect.kv_append else key
+    assert isinstance(new, fx.Node)
+    return new
 
 
 def _random(n: int, generator: torch.Generator) -> Tensor:

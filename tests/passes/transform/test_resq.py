@@ -16,6 +16,7 @@ from tests.passes.transform.methods import (
 from torch import fx
 
 from qcompile.errors import DataError
+from qcompile.ir import dialect
 from qcompile.passes.infra import Context
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
@@ -55,6 +56,17 @@ def test_high_part_holds_the_principal_components() -> None:
     # An eighth of the channels holds more than its share, at any layer and over all of them.
     assert y.square().sum() > 1.2 * (x.square().sum() + y.square().sum()) / 8
     assert stream["variance"] > 1.2 / 8
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_keys_turn_into_their_principal_components_where_asked(name: str) -> None:
+    before = tiny(name)
+    after, result = apply(before, *BARE, Resq(multiple=4, query_key=True))
+    assert function_error(before, after) < EQUIVALENT
+    keys = [detail for detail in result.details if detail["place"] == "queries and keys"]
+    assert len(keys) == len(list(after.calls(dialect.attention)))
+    # One channel of eight holds more than its share.
+    assert all(detail["high"] == 1 and detail["variance"] > 1.2 / 8 for detail in keys)
 
 
 def test_linears_that_share_an_input_share_its_parts() -> None:
