@@ -6,6 +6,7 @@ from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.registry import parse_format
 from qcompile.formats.rtn import Rounded, relative_error, rtn
+from qcompile.formats.sparse import SparseFormat
 from qcompile.formats.split import SplitFormat
 from qcompile.formats.stored import stored_weight
 from qcompile.formats.vector import VectorFormat
@@ -20,6 +21,7 @@ __all__ = [
     "Rounded",
     "ScalarFormat",
     "ScaleSearch",
+    "SparseFormat",
     "SplitFormat",
     "StoredWeight",
     "VectorFormat",

@@ -11,6 +11,7 @@ from qcompile.formats.dense import DenseFormat
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
 from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
+from qcompile.formats.sparse import SparseFormat
 from qcompile.formats.split import Part, Percent, SplitFormat
 from qcompile.formats.vector import VectorFormat
 from qcompile.kernels.lookup.levels import levels, spell_levels
@@ -42,7 +43,8 @@ def parse_format(text: str) -> Format:
 
     Columns are divided among formats by ``<base>+<amount><format>``, where the amount is a share
     such as ``1%`` or a count of blocks of columns such as ``4x``; formats beside the base may also
-    be ``fp16``, ``bf16`` and ``fp32``; see `SplitFormat`.
+    be ``fp16``, ``bf16`` and ``fp32``; see `SplitFormat`. A ``/<amount>fp16`` behind all that adds
+    floats to a few numbers of each row; see `SparseFormat`.
 
     Args:
         text: Such as ``"int4-g64-asym-bf16"``; upper and lower case are the same.
@@ -53,6 +55,8 @@ def parse_format(text: str) -> Format:
     Raises:
         RecipeError: The name means nothing; the message says which part and suggests a remedy.
     """
+    if "/" in text:
+        return _sparse(text)
     if "+" in text:
         return _split(text)
     match = _FAMILY.fullmatch(text.strip().lower())
@@ -81,6 +85,21 @@ def _split(text: str) -> SplitFormat:
 
 
 def _part(text: str, part: str) -> Part:
+    amount, name = _amount(text, part)
+    dense = SCALE_DTYPES.get(name)
+    return Part(parse_format(name) if dense is None else DenseFormat(dense), amount)
+
+
+def _sparse(text: str) -> SparseFormat:
+    base, side = text.strip().lower().split("/", 1)
+    amount, name = _amount(text, side)
+    if name != "fp16":
+        raise _bad_part(text, side)
+    return SparseFormat(parse_format(base), amount)
+
+
+def _amount(text: str, part: str) -> tuple[int | Percent, str]:
+    """How much of a weight is stored otherwise, and as what."""
     match = _PART.fullmatch(part.strip())
     if match is None:
         raise _bad_part(text, part)
@@ -88,9 +107,7 @@ def _part(text: str, part: str) -> Part:
     if float(percent or count) == 0 or (percent and float(percent) >= 100):
         raise _bad_part(text, part)
     amount = Percent(float(percent)) if percent else int(count)
-    name = match["format"].strip()
-    dense = SCALE_DTYPES.get(name)
-    return Part(parse_format(name) if dense is None else DenseFormat(dense), amount)
+    return amount, match["format"].strip()
 
 
 def _bad_part(text: str, part: str) -> RecipeError:

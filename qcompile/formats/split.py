@@ -45,6 +45,11 @@ class Percent:
         return f"{self.value:g}%"
 
 
+def spell_amount(amount: int | Percent) -> str:
+    """As it stands in the name of a format: ``4x`` or ``1%``."""
+    return f"{amount}x" if isinstance(amount, int) else str(amount)
+
+
 @dataclass(frozen=True)
 class Part:
     """A format beside the base.
@@ -62,8 +67,7 @@ class Part:
         return self.amount if isinstance(self.amount, int) else self.amount.of(available)
 
     def __str__(self) -> str:
-        amount = f"{self.amount}x" if isinstance(self.amount, int) else str(self.amount)
-        return f"{amount}{self.format}"
+        return f"{spell_amount(self.amount)}{self.format}"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from torch import fx
 from qcompile.formats.base import Format, StoredWeight
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import LookupFormat
+from qcompile.formats.sparse import SparseFormat
 from qcompile.formats.split import SplitFormat
 from qcompile.formats.vector import VectorFormat
 
@@ -14,6 +15,7 @@ _FAMILIES: tuple[type[Format], ...] = (
     IntegerFormat,
     LookupFormat,
     SplitFormat,
+    SparseFormat,
     VectorFormat,
 )
 

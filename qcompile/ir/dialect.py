@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.library import infer_schema
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from qcompile.kernels.add_sparse.reference import add_sparse as _add_sparse
 from qcompile.kernels.attention.reference import attention as _attention
 from qcompile.kernels.dequantize.reference import dequantize as _dequantize
 from qcompile.kernels.experts.reference import expert_hidden as _expert_hidden
@@ -223,4 +224,5 @@ float8_scale = define(_float8_scale, shape=_scale_shape)
 quantize_float8 = define(_quantize_float8, shape=_float8_shape)
 lookup = define(_lookup, shape=_looked_up_shape)
 lookup_vectors = define(_lookup_vectors, shape=_vectors_shape)
+add_sparse = define(_add_sparse, shape=_like_first)
 transform = define(_transform, shape=_like_first)

@@ -1,0 +1,1 @@
+"""A few numbers per row, added to a matrix."""
