@@ -17,6 +17,8 @@ W4A8: dict[str, Any] = {"quantize_activations.format": "int8"}
 
 ON_CPU: dict[str, dict[str, Any]] = {
     "w8a8-atq": {},
+    "w8a8-quarot-rtn": {},
+    "w4-awq-rtn": {},
     "w3-quip-gptq": {},
     "w4a8-rptq": {},
     "w4a4-duquant-rtn": {**W4A8, "duquant.steps": 4},
