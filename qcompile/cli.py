@@ -27,7 +27,9 @@ from qcompile.cli_options import (
     RecipeOption,
     SamplesOption,
     SettingsOption,
+    TargetBitsOption,
     TargetOption,
+    TargetSizeOption,
     ThreadsOption,
 )
 from qcompile.errors import QCompileError, RecipeError
@@ -130,6 +132,8 @@ def compile_command(
     recipe: RecipeOption = DEFAULT_RECIPE,
     target: TargetOption = "cpu",
     settings: SettingsOption = None,
+    target_bits: TargetBitsOption = None,
+    target_size: TargetSizeOption = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")
     ] = False,
@@ -153,6 +157,9 @@ def compile_command(
 ) -> None:
     """Compile MODEL into an artifact: quantized, lowered to a target, ready to run."""
     overrides = dict(parse_setting(setting) for setting in settings or [])
+    budget = {"target_bits": target_bits, "target_size": target_size}
+    given = {key: value for key, value in budget.items() if value is not None}
+    overrides |= {f"quantize_weights.{key}": value for key, value in given.items()}
     from qcompile import compiler, console
 
     with console.show_progress(quiet=quiet) as progress:

@@ -24,6 +24,21 @@ SettingsOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Set an option; repeatable."),
 ]
+TargetBitsOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Stored bits per weight, such as 3.25: the format of each layer is chosen by how much "
+        "it matters. Sets quantize_weights.target_bits.",
+    ),
+]
+TargetSizeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The same for the bytes of all weights, such as 80MiB. Sets "
+        "quantize_weights.target_size.",
+    ),
+]
 CheckOption = Annotated[
     Literal["full", "local", "off"],  # CHECK_LEVELS, without importing torch
     typer.Option(

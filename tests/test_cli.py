@@ -230,6 +230,7 @@ def test_compile_passes_every_option_on(compiled: dict[str, Any]) -> None:
     plain += ["--calibration", "t.txt", "--samples", "3", "--length", "64", "--seed", "7"]
     plain += ["--memory-limit", "2GiB", "--work-dir", "w"]
     settings = ["--set", "a.b=int8", "--set", "a.c=[x]"]
+    settings += ["--target-bits", "3.25", "--target-size", "80MiB"]
     assert main(["compile", "dir", "-o", "out", *plain, *settings]) == 0
     compiled.pop("progress")
     assert compiled == {
@@ -247,7 +248,12 @@ def test_compile_passes_every_option_on(compiled: dict[str, Any]) -> None:
         "memory_limit": "2GiB",
         "work_dir": Path("w"),
         "seed": 7,
-        "overrides": {"a.b": "int8", "a.c": ["x"]},
+        "overrides": {
+            "a.b": "int8",
+            "a.c": ["x"],
+            "quantize_weights.target_bits": 3.25,
+            "quantize_weights.target_size": "80MiB",
+        },
     }
 
 
