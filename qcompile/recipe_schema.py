@@ -242,6 +242,17 @@ class QuantizeActivations(StepOptions):
 
 CacheFormat = Literal["float", "bf16", "int8", "int4"]
 """A format of key/value caches by name; integers are asymmetric."""
+    @model_validator(mode="after")
+    def _check_together(self) -> QuantizeActivations:
+        from qcompile.passes.quantize import quantize_activations  # pulls in torch
+
+        options = {key: getattr(self, key) for key in type(self).model_fields}
+        try:
+            quantize_activations.QuantizeActivations(**options)
+        except QCompileError as error:
+            raise _custom_error("format", error.message, error.remedy) from error
+        return self
+
 
 
 class QuantizeCache(StepOptions):
