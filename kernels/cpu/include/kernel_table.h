@@ -14,6 +14,14 @@ namespace qcompile::cpu {
 
 enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kSigmoid, kTanh, kIdentity };
 
+// Codes of activations that were fixed before: clamp(x / scale, least, most), rounded, + offset. The
+// bounds are whole numbers with 0 between them; a NaN becomes the code of 0, which is `offset`.
+struct StaticGrid {
+  float scale;
+  float least, most;
+  int32_t offset;
+};
+
 // One row of float activations to int8 codes, per group or as one group.
 struct QuantizeRow {
   const float* x;  // [k]
@@ -21,9 +29,10 @@ struct QuantizeRow {
   int64_t padded_k;    // codes past k become 0
   int64_t group_size;  // of the weight: one sum of codes per group
   bool scale_per_group;
-  int8_t* codes;  // [padded_k]
-  int32_t* sums;  // [groups]
-  float* scales;  // [groups], or [1]
+  const StaticGrid* grid;  // null: scales are measured
+  int8_t* codes;           // [padded_k]
+  int32_t* sums;           // [groups]
+  float* scales;           // [groups], or [1]
 };
 
 // y[row][column] for a range of rows and of 16-column blocks.

@@ -78,23 +78,40 @@ inline float Int8Scale(const float* x, int64_t count) {
   return scale == 0.0f ? 1.0f : scale;
 }
 
+// A true division, so that codes equal those of the reference bit for bit.
+struct MeasuredCodes {
+  float scale;
+
+  I operator()(F x) const { return Max(Set1(-127), Round(x / Set1(scale))); }
+};
+
+struct StaticCodes {
+  const StaticGrid& grid;
+
+  I operator()(F x) const {
+    const F ratio = x / Set1(grid.scale);
+    // A NaN is neither above nor below 0.
+    const F above = SelectLess(Zero(), ratio, Min(ratio, Set1(grid.most)), Zero());
+    const F below = SelectLess(ratio, Zero(), Max(ratio, Set1(grid.least)), Zero());
+    return Round(above + below) + Set1(grid.offset);
+  }
+};
+
 // Codes of one group, and their sum. `padded` is `count` rounded up to 8.
-inline int32_t QuantizeGroup(const float* x, int64_t count, int64_t padded, float scale,
+template <class ToCodes>
+inline int32_t QuantizeGroup(const float* x, int64_t count, int64_t padded, ToCodes to_codes,
                              int8_t* codes) {
-  // A true division, so that codes equal those of the reference bit for bit.
-  const F divisor = Set1(scale);
-  const I lowest = Set1(-127);
   I sum = ZeroI();
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
-    const I q = Max(lowest, Round(Load(x + i) / divisor));
+    const I q = to_codes(Load(x + i));
     sum = sum + q;
     StoreInt8(codes + i, q);
   }
   int32_t total = ReduceAdd(sum);
   if (i < count) {
     int8_t tail[16];
-    StoreInt8(tail, Max(lowest, Round(LoadN(x + i, count - i) / divisor)));
+    StoreInt8(tail, to_codes(LoadN(x + i, count - i)));
     for (int64_t j = i; j < padded; ++j) {
       const int8_t code = j < count ? tail[j - i] : static_cast<int8_t>(0);
       codes[j] = code;
@@ -105,7 +122,12 @@ inline int32_t QuantizeGroup(const float* x, int64_t count, int64_t padded, floa
 }
 
 void QuantizeActivations(const QuantizeRow& row) {
-  float scale = row.scale_per_group ? 0.0f : Int8Scale(row.x, row.k);
+  float scale = 0.0f;
+  if (row.grid != nullptr) {
+    scale = row.grid->scale;
+  } else if (!row.scale_per_group) {
+    scale = Int8Scale(row.x, row.k);
+  }
   if (!row.scale_per_group) row.scales[0] = scale;
   for (int64_t begin = 0, g = 0; begin < row.k; begin += row.group_size, ++g) {
     const int64_t count = Least(row.group_size, row.k - begin);
@@ -115,7 +137,11 @@ void QuantizeActivations(const QuantizeRow& row) {
       scale = Int8Scale(row.x + begin, count);
       row.scales[g] = scale;
     }
-    row.sums[g] = QuantizeGroup(row.x + begin, count, padded, scale, row.codes + begin);
+    const float* x = row.x + begin;
+    int8_t* codes = row.codes + begin;
+    row.sums[g] = row.grid != nullptr
+                      ? QuantizeGroup(x, count, padded, StaticCodes{*row.grid}, codes)
+                      : QuantizeGroup(x, count, padded, MeasuredCodes{scale}, codes);
   }
 }
 

@@ -25,12 +25,30 @@ ActivationFormat ReadActivationFormat(const Attributes& attributes) {
   if (act == "float") return ActivationFormat::kFloat;
   if (act == "int8_token") return ActivationFormat::kInt8PerToken;
   if (act == "int8_group") return ActivationFormat::kInt8PerGroup;
-  Fail("act = '", act, "' is none of 'float', 'int8_token', 'int8_group'");
+  if (act == "int8_static") return ActivationFormat::kInt8Static;
+  if (act == "uint8_static") return ActivationFormat::kUint8Static;
+  Fail("act = '", act,
+       "' is none of 'float', 'int8_token', 'int8_group', 'int8_static', 'uint8_static'");
+}
+
+StaticGrid ReadGrid(const Context& context, size_t index, ActivationFormat format) {
+  const bool symmetric = format == ActivationFormat::kInt8Static;
+  const bool is_static = symmetric || format == ActivationFormat::kUint8Static;
+  const auto numbers = context.Input<float>(index);
+  Require(bool{numbers} == is_static, "a grid is given to static activations, and only to them");
+  if (!is_static) return {};
+  Require(numbers.shape.rank == 1 && numbers.shape[0] == 2, "the grid has shape ", numbers.shape,
+          " instead of [2]");
+  const float scale = numbers.data[0], zero = numbers.data[1];
+  if (symmetric) return {scale, -127.0f, 127.0f, 0};
+  constexpr float kMost = 255.0f;
+  Require(zero >= 0.0f && zero <= kMost, "the zero point of the grid is no code");
+  return {scale, -zero, kMost - zero, static_cast<int32_t>(zero) - 128};
 }
 
 void RequireProduct(const PackedLayout& layout, ActivationFormat format) {
   if (format == ActivationFormat::kFloat) return;
-  // 255 * 127 * 65536 is the largest dot product that int32 holds.
+  // 255 * 128 * 65536 is the largest dot product that int32 holds.
   constexpr int64_t kLongestGroup = 65536;
   Require(layout.group_size <= kLongestGroup, "int8 activations need groups of at most ",
           kLongestGroup, " along K, not ", layout.group_size);
@@ -101,6 +119,9 @@ LinearTile LinearProduct::PrepareFloat(const LinearInput& input, const PackedLay
 LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayout& layout,
                                       bool panels) const {
   const bool per_group = format_ == ActivationFormat::kInt8PerGroup;
+  const bool is_static =
+      format_ == ActivationFormat::kInt8Static || format_ == ActivationFormat::kUint8Static;
+  const StaticGrid* grid = is_static ? &input.grid : nullptr;
   const int64_t k = layout.k, padded_k = layout.padded_k(), groups = layout.groups();
   const int64_t scales_per_row = per_group ? groups : 1;
   const int64_t row_bytes = padded_k + 4 * (groups + scales_per_row);
@@ -118,7 +139,7 @@ LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayo
   const auto quantize = [&](int64_t r) {
     float* buffer = input.normed ? ScratchFloats(ScratchSlot::kWorker, k) : nullptr;
     kernels_.quantize_row({NormedRow(kernels_, input, k, r, buffer), k, padded_k, layout.group_size,
-                           per_group, codes + r * padded_k, sums + r * groups,
+                           per_group, grid, codes + r * padded_k, sums + r * groups,
                            scales + r * scales_per_row});
   };
   if (!panels) {

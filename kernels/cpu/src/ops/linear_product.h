@@ -9,9 +9,14 @@
 
 namespace qcompile::cpu {
 
-enum class ActivationFormat { kFloat, kInt8PerToken, kInt8PerGroup };
+enum class ActivationFormat { kFloat, kInt8PerToken, kInt8PerGroup, kInt8Static, kUint8Static };
 
 ActivationFormat ReadActivationFormat(const Attributes& attributes);
+
+// The input [2] that says how activations of a static format are rounded: their scale, and the code
+// of 0. Codes with a zero point are moved by 128, to int8; that the products then lack the zero
+// point is made up for in the bias. Other formats have no such input.
+StaticGrid ReadGrid(const Context& context, size_t index, ActivationFormat format);
 
 // Throws unless a weight can be multiplied with activations of a format.
 void RequireProduct(const PackedLayout& layout, ActivationFormat format);
@@ -23,6 +28,7 @@ struct LinearInput {
   bool normed = false;
   const float* norm_weight = nullptr;  // [k] or null
   float epsilon = 0.0f;
+  StaticGrid grid = {};  // of static formats
 };
 
 struct LinearLayer {

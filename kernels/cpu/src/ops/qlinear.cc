@@ -1,8 +1,11 @@
-// QLinear: y[..., N] = x[..., K] . weight[N, K]^T + bias + residual, with a packed weight.
+// QLinear: y[..., N] = x[..., K] . weight[N, K]^T + bias + residual, with a packed weight. Inputs:
+// x, weight, bias?, residual?, and the grid of static activations.
 #include "linear_product.h"
 
 namespace qcompile::cpu {
 namespace {
+
+constexpr size_t kGrid = 4;
 
 class QLinear : public Operator {
  public:
@@ -29,6 +32,7 @@ class QLinear : public Operator {
     LinearInput input;
     input.x = x.data;
     input.rows = x.shape.Count() / layout_.k;
+    input.grid = ReadGrid(context, kGrid, format_);
     const LinearLayer layer = {&layout_, CheckedWeight(weight, layout_), bias.data, residual.data,
                                context.Output(0, shape).data};
     LinearProduct(context, kernels_, format_).Run(input, &layer, 1);
@@ -45,7 +49,11 @@ class QLinear : public Operator {
 OperatorSpec QLinearSpec() {
   return {
       "QLinear",
-      {{ort::kFloat}, {ort::kUint8}, {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}},
+      {{ort::kFloat},
+       {ort::kUint8},
+       {ort::kFloat, ort::kOptional},
+       {ort::kFloat, ort::kOptional},
+       {ort::kFloat, ort::kOptional}},
       {{ort::kFloat}},
       [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
         return std::make_unique<QLinear>(attributes, kernels);

@@ -13,8 +13,13 @@ namespace {
 
 constexpr int64_t kMostLayers = 3;
 
-// Inputs of both: x, norm_weight?, then weight and bias? of every layer.
+// Inputs of both: x, norm_weight?, then weight and bias? of every layer, and at last the grid of
+// static activations.
 constexpr size_t kX = 0, kNormWeight = 1, kFirstWeight = 2, kInputsPerLayer = 2;
+
+constexpr size_t GridBehind(int64_t layers) {
+  return kFirstWeight + kInputsPerLayer * static_cast<size_t>(layers);
+}
 
 // The attributes of both: one layout but for N, what becomes of the activations, and the norm.
 class SharedInput {
@@ -29,7 +34,7 @@ class SharedInput {
 
   ActivationFormat format() const { return format_; }
 
-  LinearInput Read(const Context& context, int64_t k, Shape* shape) const {
+  LinearInput Read(const Context& context, int64_t k, int64_t layers, Shape* shape) const {
     const auto x = context.Input<float>(kX);
     Require(x.shape.rank >= 1 && x.shape[-1] == k, "x has shape ", x.shape, ", but K = ", k);
     const auto norm_weight = context.Input<float>(kNormWeight);
@@ -37,7 +42,8 @@ class SharedInput {
     Require(!norm_weight || (norm_weight.shape.rank == 1 && norm_weight.shape[0] == k),
             "norm_weight has shape ", norm_weight.shape, " instead of [", k, "]");
     *shape = x.shape;
-    return {x.data, x.shape.Count() / k, normed_, norm_weight.data, epsilon_};
+    const StaticGrid grid = ReadGrid(context, GridBehind(layers), format_);
+    return {x.data, x.shape.Count() / k, normed_, norm_weight.data, epsilon_, grid};
   }
 
   static LinearLayer ReadLayer(const Context& context, size_t index, const PackedLayout& layout) {
@@ -76,7 +82,7 @@ class QLinears : public Operator {
 
   void Compute(const Context& context) const override {
     Shape shape;
-    const LinearInput input = input_.Read(context, layouts_[0].k, &shape);
+    const LinearInput input = input_.Read(context, layouts_[0].k, kMostLayers, &shape);
     std::array<LinearLayer, kMostLayers> layers;
     for (int64_t i = 0; i < count_; ++i) {
       const auto index = static_cast<size_t>(i);
@@ -106,7 +112,7 @@ class QGatedLinear : public Operator {
 
   void Compute(const Context& context) const override {
     Shape shape;
-    const LinearInput input = input_.Read(context, layout_.k, &shape);
+    const LinearInput input = input_.Read(context, layout_.k, 2, &shape);
     const LinearLayer gate = SharedInput::ReadLayer(context, 0, layout_);
     LinearLayer up = SharedInput::ReadLayer(context, 1, layout_);
     shape.dims[shape.rank - 1] = layout_.n;
@@ -139,17 +145,23 @@ OperatorSpec QLinearsSpec() {
            kOptionalBytes,
            kOptionalFloat,
            kOptionalBytes,
+           kOptionalFloat,
            kOptionalFloat},
           {{ort::kFloat}, kOptionalFloat, kOptionalFloat},
           Make<QLinears>};
 }
 
 OperatorSpec QGatedLinearSpec() {
-  return {
-      "QGatedLinear",
-      {{ort::kFloat}, kOptionalFloat, {ort::kUint8}, kOptionalFloat, {ort::kUint8}, kOptionalFloat},
-      {{ort::kFloat}},
-      Make<QGatedLinear>};
+  return {"QGatedLinear",
+          {{ort::kFloat},
+           kOptionalFloat,
+           {ort::kUint8},
+           kOptionalFloat,
+           {ort::kUint8},
+           kOptionalFloat,
+           kOptionalFloat},
+          {{ort::kFloat}},
+          Make<QGatedLinear>};
 }
 
 }  // namespace qcompile::cpu
