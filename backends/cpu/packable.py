@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from qcompile.formats import Format, IntegerFormat, LookupFormat
+from qcompile.formats import Format, IntegerFormat, LookupFormat, VectorFormat
 from qcompile.formats.scales import FloatScale
 from qcompile.kernels.cpu.layout import SCALE_DTYPES, Coding, ScaleDtype, WeightLayout
 from qcompile.kernels.lookup.levels import code_bits
@@ -19,6 +19,11 @@ def unpackable_reason(format: Format) -> str | None:
     if format.group_size % _GROUP_UNIT:
         return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}"
     return None
+
+
+def unmultipliable_reason(format: Format) -> str | None:
+    """The same for weights of linear layers only, which may be codes of vectors as well."""
+    return None if isinstance(format, VectorFormat) else unpackable_reason(format)
 
 
 def layout_of(format: Format) -> WeightLayout:

@@ -7,7 +7,7 @@ from pathlib import Path
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
 from qcompile.backends.cpu.finite import refuse_non_finite
 from qcompile.backends.cpu.lower import lower_phase
-from qcompile.backends.cpu.packable import unpackable_reason
+from qcompile.backends.cpu.packable import unmultipliable_reason, unpackable_reason
 from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
@@ -34,7 +34,7 @@ class CpuTarget(Target):
     def capabilities(self) -> Capabilities:
         """What the kernels read; activations of 8 bits."""
         return Capabilities(
-            weight_format=unpackable_reason,
+            weight_format=unmultipliable_reason,
             embedding_format=unpackable_reason,
             activation_formats=frozenset({"int8", "int8-asym", "e4m3", "e5m2"}),
         )

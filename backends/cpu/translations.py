@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.backends.cpu import fused_ops, ops
+from qcompile.backends.cpu.vector_linear import VECTOR_LINEAR
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.transform import Place, emit_transform
 from qcompile.backends.onnx.translation import Table, Translation
@@ -24,7 +25,7 @@ INT64 = ir.DataType.INT64
 GATED_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
 """What the library's `GatedActivation` knows; others are spelled in standard operators."""
 
-_TABLE = Table()
+_TABLE = Table(VECTOR_LINEAR)
 
 
 @_TABLE.register(ops.linear)

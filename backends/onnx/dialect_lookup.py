@@ -1,4 +1,4 @@
-"""Codes of a table of levels in standard operators: looked up, then scaled."""
+"""Codes of a table of levels, or of vectors, in standard operators: looked up, then scaled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import qcompile.ir.dialect  # noqa: F401 -- defines the operators
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.dialect import spread_groups
 from qcompile.backends.onnx.translation import Table
+from qcompile.backends.onnx.values import UnsupportedError
 from qcompile.kernels.lookup.levels import levels as table_of
+from qcompile.kernels.lookup_vectors.codebooks import codebook as codebook_of
 
 LOOKUP = Table()
 
@@ -22,6 +24,20 @@ def _lookup(
     if scale is None:
         return values
     groups, size = int(b.shape(scale)[-1]), int(b.shape(codes)[-1])
+    return b.op("Mul", values, spread_groups(b, scale, groups, size, group_size, b.dtype))
+
+
+@LOOKUP.register(torch.ops.qc.lookup_vectors.default)
+def _lookup_vectors(
+    b: Builder, codes: ir.Value, scale: ir.Value, codebook: str, group_size: int, block: int
+) -> ir.Value:
+    if block:  # of linear layers, `TurnInputs` leaves none
+        raise UnsupportedError("a turned weight that no linear layer multiplies with")
+    table = b.constant(codebook_of(codebook), b.dtype)
+    vectors = b.op("Gather", table, b.cast(codes, ir.DataType.INT32), axis=0)
+    size = int(b.shape(codes)[-1]) * len(codebook_of(codebook)[0])
+    values = b.op("Reshape", vectors, [*[0] * (b.rank(codes) - 1), size])
+    groups = int(b.shape(scale)[-1])
     return b.op("Mul", values, spread_groups(b, scale, groups, size, group_size, b.dtype))
 
 

@@ -14,10 +14,12 @@ from qcompile.errors import TargetError
 from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
 from qcompile.formats.lookup import LookupFormat
+from qcompile.formats.vector import VectorFormat
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.lower.fix_sizes import FixSizes
 from qcompile.passes.lower.split_linears import SplitLinears
+from qcompile.passes.lower.turn_inputs import TurnInputs
 from qcompile.passes.quantize.activation_formats import ACTIVATION_FORMATS
 from qcompile.progress import Progress
 
@@ -57,13 +59,13 @@ class OnnxTarget(Target):
         fixed = {name: size for name, size in sizes.items() if size is not None}
         self._fixed = frozenset(fixed)
         sized = (FixSizes(fixed),) if fixed else ()
-        self._phase = Phase("lower", (SplitLinears(), *sized))
+        self._phase = Phase("lower", (SplitLinears(), TurnInputs(), *sized))
 
     @property
     def capabilities(self) -> Capabilities:
         """Integers of every width, tables of levels; activations of every format."""
         return Capabilities(
-            weight_format=_format_reason,
+            weight_format=_weight_reason,
             embedding_format=_format_reason,
             activation_formats=frozenset(ACTIVATION_FORMATS),
         )
@@ -108,6 +110,10 @@ class OnnxTarget(Target):
 
     def _emit(self, program: Program) -> OnnxGraph:
         return self._emitter.emit(program, name=program.provenance.name)
+
+
+def _weight_reason(format: Format) -> str | None:
+    return None if isinstance(format, VectorFormat) else _format_reason(format)
 
 
 def _format_reason(format: Format) -> str | None:

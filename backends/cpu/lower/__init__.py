@@ -7,10 +7,12 @@ from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
 from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
 from qcompile.backends.cpu.lower.fuse_residual import FuseResidual
 from qcompile.backends.cpu.lower.fuse_siblings import FuseSiblings
+from qcompile.backends.cpu.vector_linear import FuseVectorLinear, vector_linear
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
 from qcompile.passes.lower.limit_logits import LimitLogits
 from qcompile.passes.lower.split_linears import SplitLinears
+from qcompile.passes.lower.turn_inputs import TurnInputs
 
 
 def lower_phase() -> Phase:
@@ -19,11 +21,13 @@ def lower_phase() -> Phase:
         "lower",
         (
             SplitLinears(),
+            TurnInputs(),
+            FuseVectorLinear(),
             FuseLinear(),
             FuseResidual(),
             FuseAttention(),
             MergeDuplicates(),
-            LimitLogits(projections=(ops.linear,)),
+            LimitLogits(projections=(ops.linear, vector_linear)),
             FuseSiblings(),
         ),
     )
