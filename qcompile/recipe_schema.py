@@ -239,9 +239,6 @@ class QuantizeActivations(StepOptions):
     ignore: tuple[Pattern, ...] = ()
     overrides: tuple[ActivationOverride, ...] = ()
 
-
-CacheFormat = Literal["float", "bf16", "int8", "int4"]
-"""A format of key/value caches by name; integers are asymmetric."""
     @model_validator(mode="after")
     def _check_together(self) -> QuantizeActivations:
         from qcompile.passes.quantize import quantize_activations  # pulls in torch
@@ -253,6 +250,9 @@ CacheFormat = Literal["float", "bf16", "int8", "int4"]
             raise _custom_error("format", error.message, error.remedy) from error
         return self
 
+
+CacheFormat = Literal["float", "bf16", "int8", "int4"]
+"""A format of key/value caches by name; integers are asymmetric."""
 
 
 class QuantizeCache(StepOptions):
