@@ -9,12 +9,14 @@ from qcompile.formats import Format, QuantizedWeight, ScaleSearch, relative_erro
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
-from qcompile.passes.quantize.calibrated import Job, Sequential, quantize_calibrated
+from qcompile.passes.quantize.calibrated import Finished, Job, Sequential, quantize_calibrated
 from qcompile.passes.quantize.layers import LayerWeight, Part, layer_weights
 from qcompile.passes.quantize.methods import Outcome, Rtn, Task, make_method
+from qcompile.passes.quantize.methods.block import BlockMethod
 from qcompile.passes.quantize.policy import FormatPolicy, Override
 from qcompile.passes.quantize.replace_weight import replace_weight
 from qcompile.passes.quantize.stacked import quantize_stacked
+from qcompile.passes.tune.quantize_blocks import block_weights, quantize_blocks
 
 _Chosen = tuple[LayerWeight, Format]
 _Made = tuple[LayerWeight, QuantizedWeight, dict[str, object]]
@@ -50,10 +52,11 @@ class QuantizeWeights(Pass):
         scale_search: How scales are chosen: ``"absmax"``, ``"mse"`` or ``"l2.4"``.
         sequential: For methods that look at inputs, whose quantized weights these have gone
             through: those of all layers before (``"layer"``), of all decoder blocks before
-            (``"block"``), or of none (``"none"``).
+            (``"block"``), or of none (``"none"``). Methods that learn blocks as a whole take
+            ``"layer"`` for ``"block"``.
         rounds: How often such methods go through the program. From the second time on inputs have
             gone through the quantized weights of the round before wherever `sequential` leaves
-            float ones.
+            float ones. Methods that learn blocks go through it once.
         ignore: Patterns on names of weights that stay float.
         embedding: Format of the token embedding, or ``"float"``. None: that of lm_head where both
             are one tensor, else it stays float.
@@ -114,11 +117,11 @@ class QuantizeWeights(Pass):
                 result.skips.append(Skip(weight.name, decision.reason))
             else:
                 chosen.append((weight, decision.format))
-        calibrated = {
-            weight.name
-            for weight, _ in chosen
-            if self._method.statistics and weight.parts <= _CALIBRATED
-        }
+        calibrated: set[str] = set()
+        if self._method.needs_data:
+            calibrated = {weight.name for weight, _ in chosen if weight.parts <= _CALIBRATED}
+        if isinstance(self._method, BlockMethod):
+            calibrated &= block_weights(program)
         made = [
             *self._by_weight(program, [c for c in chosen if c[0].name not in calibrated], context),
             *self._by_inputs(program, [c for c in chosen if c[0].name in calibrated], context),
@@ -135,7 +138,7 @@ class QuantizeWeights(Pass):
     ) -> Iterator[_Made]:
         """Quantizes weights by their numbers alone, one at a time."""
         name, method = self._method_name, self._method
-        if method.statistics:
+        if method.needs_data:
             name, method = "rtn", Rtn()
         context.progress.stage("quantize weights", len(chosen))
         for weight, format in chosen:
@@ -153,19 +156,37 @@ class QuantizeWeights(Pass):
         if not chosen:
             return
         by_name = {weight.name: weight for weight, _ in chosen}
-        jobs = [Job(w.name, format, self._scale_search, self._method) for w, format in chosen]
-        for finished in quantize_calibrated(
-            program,
-            jobs,
-            context.calibration,
-            method=self._method_name,
-            sequential=self._sequential,
-            progress=context.progress,
-            rounds=self._rounds,
-        ):
+        for finished in self._finished(program, chosen, context):
             weight, outcome = by_name[finished.job.name], finished.outcome
             record = _record(weight, self._method_name, outcome, finished.relative_error)
             yield weight, outcome.weight, {**record, "output_error": finished.output_error}
+
+    def _finished(
+        self, program: Program, chosen: Sequence[_Chosen], context: Context
+    ) -> Iterator[Finished]:
+        method, calibration, progress = self._method, context.calibration, context.progress
+        jobs = [Job(w.name, format, self._scale_search, method) for w, format in chosen]
+        name, sequential = self._method_name, self._sequential
+        if isinstance(method, BlockMethod):
+            return quantize_blocks(
+                program,
+                jobs,
+                method,
+                calibration,
+                name=name,
+                sequential=sequential,
+                seed=context.seed,
+                progress=progress,
+            )
+        return quantize_calibrated(
+            program,
+            jobs,
+            calibration,
+            method=name,
+            sequential=sequential,
+            progress=progress,
+            rounds=self._rounds,
+        )
 
 
 def _record(weight: LayerWeight, method: str, outcome: Outcome, error: float) -> dict[str, object]:

@@ -15,9 +15,11 @@ from qcompile.passes.quantize.methods.base import Method, Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hqq import Hqq
 from qcompile.passes.quantize.methods.magr import Magr
+from qcompile.passes.quantize.methods.omniquant import OmniQuant
 from qcompile.passes.quantize.methods.owq import Owq
 from qcompile.passes.quantize.methods.quik import Quik
 from qcompile.passes.quantize.methods.rtn import Rtn
+from qcompile.passes.quantize.methods.signround import SignRound
 from qcompile.passes.quantize.methods.slim import Slim
 
 __all__ = ["METHODS", "Method", "Outcome", "Rtn", "Task", "make_method", "method_options"]
@@ -32,6 +34,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "owq": Owq,
         "quik": Quik,
         "slim": Slim,
+        "signround": SignRound,
+        "omniquant": OmniQuant,
     }
 )
 """Every method by the name that recipes use."""

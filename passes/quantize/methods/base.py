@@ -77,6 +77,11 @@ class Method(ABC):
 
     statistics: ClassVar[tuple[type[Statistic], ...]] = ()
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it looks at calibration data."""
+        return bool(self.statistics)
+
     @abstractmethod
     def quantize(self, task: Task) -> Outcome:
         """Chooses codes, on the calling thread.
