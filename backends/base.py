@@ -50,12 +50,14 @@ class Capabilities:
         weight_format: Whether a linear layer's weight may be stored in a format.
         embedding_format: The same for tables that rows are gathered from.
         activation_formats: Names of the formats that inputs of quantized layers may be rounded to.
+        sparse_floats: Whether floats may stand beside some codes of a linear layer's weight.
         barrier: Whether a call that the dialect does not know can be emitted.
     """
 
     weight_format: Callable[[Format], str | None]
     embedding_format: Callable[[Format], str | None]
     activation_formats: frozenset[str] = field(default_factory=frozenset)
+    sparse_floats: bool = False
     barrier: Callable[[fx.Node], str | None] = _supported
 
 

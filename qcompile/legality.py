@@ -16,7 +16,14 @@ from qcompile.backends.registry import get_target
 from qcompile.errors import QCompileError, RecipeError, TargetError
 from qcompile.estimates import Estimate, estimate
 from qcompile.folding import fold_names
-from qcompile.formats import Format, IntegerFormat, LookupFormat, ScalarFormat, SplitFormat
+from qcompile.formats import (
+    Format,
+    IntegerFormat,
+    LookupFormat,
+    ScalarFormat,
+    SparseFormat,
+    SplitFormat,
+)
 from qcompile.formats.dense import DenseFormat
 from qcompile.ir.program import Program
 from qcompile.kernels.lookup.levels import code_bits
@@ -188,7 +195,7 @@ def _refusal(weight: PlannedWeight, format: Format, capabilities: Capabilities) 
     except QCompileError as error:
         return error.message
     reason = None
-    if isinstance(format, SplitFormat):
+    if isinstance(format, SplitFormat | SparseFormat):
         reason = _part_refusal(weight, format, capabilities)
     elif not _EMBEDDINGS.issuperset(weight.parts):
         reason = capabilities.weight_format(format)
@@ -198,11 +205,15 @@ def _refusal(weight: PlannedWeight, format: Format, capabilities: Capabilities) 
 
 
 def _part_refusal(
-    weight: PlannedWeight, format: SplitFormat, capabilities: Capabilities
+    weight: PlannedWeight, format: SplitFormat | SparseFormat, capabilities: Capabilities
 ) -> str | None:
-    """Why the columns of a weight cannot be divided among formats; a float part needs no kernel."""
+    """Why a weight cannot be stored in parts of several formats; a float part needs no kernel."""
     if not _LINEARS.issuperset(weight.parts):
         return "only weights of linear layers are taken apart"
+    if isinstance(format, SparseFormat):
+        if not capabilities.sparse_floats:
+            return "the target has no kernel for floats beside codes"
+        return _refusal(weight, format.base, capabilities)
     coded = [part for part in format.formats if not isinstance(part, DenseFormat)]
     return next(filter(None, map(capabilities.weight_format, coded)), None)
 
@@ -219,7 +230,7 @@ def _other_format(weight: PlannedWeight, capabilities: Capabilities) -> str:
 
 def _near(format: Format) -> Iterator[Format]:
     """Formats like one, the nearest first: rather more bits than fewer, rather the same groups."""
-    if isinstance(format, SplitFormat):
+    while isinstance(format, SplitFormat | SparseFormat):
         format = format.base
         yield format
     if isinstance(format, LookupFormat):

@@ -37,6 +37,7 @@ class CpuTarget(Target):
             weight_format=unmultipliable_reason,
             embedding_format=unpackable_reason,
             activation_formats=frozenset({"int8", "int8-asym", "e4m3", "e5m2"}),
+            sparse_floats=True,
         )
 
     def check(self, program: Program) -> list[Finding]:

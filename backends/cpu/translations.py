@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.backends.cpu import fused_ops, ops
+from qcompile.backends.cpu.sparse_linear import SPARSE_LINEAR
 from qcompile.backends.cpu.vector_linear import VECTOR_LINEAR
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.transform import Place, emit_transform
@@ -25,7 +26,7 @@ INT64 = ir.DataType.INT64
 GATED_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
 """What the library's `GatedActivation` knows; others are spelled in standard operators."""
 
-_TABLE = Table(VECTOR_LINEAR)
+_TABLE = Table({**VECTOR_LINEAR, **SPARSE_LINEAR})
 
 
 @_TABLE.register(ops.linear)

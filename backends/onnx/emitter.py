@@ -20,6 +20,7 @@ from qcompile.backends.onnx.dialect import DIALECT
 from qcompile.backends.onnx.dialect_experts import EXPERTS
 from qcompile.backends.onnx.dialect_float8 import FLOAT8
 from qcompile.backends.onnx.dialect_lookup import LOOKUP
+from qcompile.backends.onnx.dialect_sparse import SPARSE
 from qcompile.backends.onnx.ports import DimensionNames
 from qcompile.backends.onnx.sizes import PYTHON
 from qcompile.backends.onnx.translation import Emitted, Translation
@@ -45,7 +46,7 @@ _CUSTOM_OPSET = 1
 _LISTED = 5
 
 STANDARD: Mapping[Any, Translation] = MappingProxyType(
-    {**PYTHON, **ATEN, **DIALECT, **EXPERTS, **LOOKUP, **FLOAT8}
+    {**PYTHON, **ATEN, **DIALECT, **EXPERTS, **LOOKUP, **FLOAT8, **SPARSE}
 )
 """Every call target that the standard operators can express."""
 

@@ -68,6 +68,7 @@ class OnnxTarget(Target):
             weight_format=_weight_reason,
             embedding_format=_format_reason,
             activation_formats=frozenset(ACTIVATION_FORMATS),
+            sparse_floats=True,
         )
 
     def check(self, program: Program) -> list[Finding]:

@@ -74,3 +74,22 @@ def test_embedding_is_refused_in_preflight(program, target):
     (finding,) = found.findings
     assert "only weights of linear layers are taken apart" in finding.reason
     assert finding.remedy == "use int4-g16, or leave it float"
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnx"])
+def test_floats_beside_codes_run_at_the_foretold_size(program, tmp_path, target):
+    format = "int3-g16-asym+1xint4-g16-asym/5%fp16"
+    artifact = qc.compile(
+        program, recipe(format), target=target, output=tmp_path / "out", check="off"
+    )
+    expected = quantized(program, format)(torch.from_numpy(IDS)).logits.numpy()
+    # Float32 sums in another order, over two layers.
+    np.testing.assert_allclose(artifact.forward(IDS), expected, rtol=1e-4, atol=1e-4)
+    foretold = preflight(program, recipe(format), target).estimate.files
+    assert foretold == {n: (tmp_path / "out" / n).stat().st_size for n in foretold}
+
+
+def test_floats_beside_codes_are_refused_where_no_kernel_adds_them(program):
+    found = preflight(program, recipe("int4-g16/1%fp16"), "cuda").findings
+    reasons = {finding.reason for finding in found if "fp16" in finding.reason}
+    assert reasons == {"int4-g16/1%fp16: the target has no kernel for floats beside codes"}

@@ -7,6 +7,7 @@ from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
 from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
 from qcompile.backends.cpu.lower.fuse_residual import FuseResidual
 from qcompile.backends.cpu.lower.fuse_siblings import FuseSiblings
+from qcompile.backends.cpu.sparse_linear import FuseSparseLinear
 from qcompile.backends.cpu.vector_linear import FuseVectorLinear, vector_linear
 from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
@@ -20,6 +21,7 @@ def lower_phase() -> Phase:
     return Phase(
         "lower",
         (
+            FuseSparseLinear(),
             SplitLinears(),
             TurnInputs(),
             FuseVectorLinear(),

@@ -121,6 +121,7 @@ OperatorSpec RmsNormSpec();
 OperatorSpec GatedActivationSpec();
 OperatorSpec HadamardSpec();
 OperatorSpec VectorLinearSpec();
+OperatorSpec SparseLinearSpec();
 
 // An operator of one instruction set in the form that ONNX Runtime takes.
 struct CustomOp : ort::OrtCustomOp {
