@@ -51,7 +51,7 @@ def cpu_linear(
     Returns:
         ``[..., n]`` float32.
     """
-    weight = _Unpacked.of(packed, n, k, WeightLayout.parse(layout))
+    weight = UnpackedWeight.of(packed, n, k, WeightLayout.parse(layout))
     if act != FLOAT_ACTIVATIONS:
         group = weight.layout.group_size if act == INT8_PER_GROUP else 0
         scale = dynamic_scale(x, 8, group)
@@ -72,7 +72,7 @@ def cpu_embedding(
     layout: str,
 ) -> Tensor:
     """Rows of a packed table: ``[...]`` ids to ``[..., k]`` float32."""
-    weight = _Unpacked.of(packed, n, k, WeightLayout.parse(layout))
+    weight = UnpackedWeight.of(packed, n, k, WeightLayout.parse(layout))
     return weight.rows(ids.flatten()).reshape(*ids.shape, k)
 
 
@@ -169,7 +169,7 @@ _DECODED_AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True)
-class _Unpacked:
+class UnpackedWeight:
     """The codes of a packed weight, and what they stand for."""
 
     layout: WeightLayout
@@ -179,7 +179,8 @@ class _Unpacked:
     levels: Tensor | None  # None of integers
 
     @staticmethod
-    def of(packed: Tensor, n: int, k: int, layout: WeightLayout) -> _Unpacked:
+    def of(packed: Tensor, n: int, k: int, layout: WeightLayout) -> UnpackedWeight:
+        """A weight ``[n, k]`` from its packed bytes."""
         unpacked = unpack_linear(packed.cpu().numpy(), n, k, layout)
         scale = torch.from_numpy(unpacked.scale)
         if scale.dtype == torch.uint8:
@@ -191,7 +192,7 @@ class _Unpacked:
         if levels is None and layout.coding != "integer":
             levels = np.array(levels_of(layout.coding), np.float32)
         table = None if levels is None else torch.from_numpy(levels)
-        return _Unpacked(layout, torch.from_numpy(unpacked.codes), scale, zeros, table)
+        return UnpackedWeight(layout, torch.from_numpy(unpacked.codes), scale, zeros, table)
 
     def rows(self, index: Tensor) -> Tensor:
         """Some rows as float32."""

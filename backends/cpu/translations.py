@@ -9,10 +9,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompile.backends.cpu import fused_ops, ops
+from qcompile.backends.cpu import expert_ops, fused_ops, ops
 from qcompile.backends.cpu.sparse_linear import SPARSE_LINEAR
 from qcompile.backends.cpu.vector_linear import VECTOR_LINEAR
 from qcompile.backends.onnx.builder import Builder
+from qcompile.backends.onnx.quantized_experts import QUANTIZED_EXPERTS
 from qcompile.backends.onnx.transform import Place, emit_transform
 from qcompile.backends.onnx.translation import Table, Translation
 from qcompile.ir import dialect
@@ -133,6 +134,49 @@ def _embedding(
     )
 
 
+@_TABLE.register(expert_ops.experts)
+def _experts(
+    b: Builder,
+    x: ir.Value,
+    index: ir.Value,
+    weight: ir.Value,
+    up: ir.Value,
+    up_bias: ir.Value | None,
+    down: ir.Value,
+    down_bias: ir.Value | None,
+    count: int,
+    n: int,
+    k: int,
+    up_layout: str,
+    down_layout: str,
+    kind: str,
+    gated: bool,
+    limit: float,
+    offset: float,
+) -> ir.Value:
+    layouts = {"up": WeightLayout.parse(up_layout), "down": WeightLayout.parse(down_layout)}
+    return b.op(
+        "QExperts",
+        *(x, index, weight, up, up_bias, down, down_bias),
+        domain=OPERATOR_DOMAIN,
+        dtype=FLOAT,
+        count=count,
+        up_N=n,
+        up_K=k,
+        down_N=k,
+        down_K=n // 2 if gated else n,
+        **{
+            f"{part}_{name}": value
+            for part, layout in layouts.items()
+            for name, value in layout.attributes().items()
+        },
+        kind=kind,
+        gated=int(gated),
+        limit=float(limit),
+        offset=float(offset),
+    )
+
+
 @_TABLE.register(ops.fused_attention)
 def _attention(
     b: Builder,
@@ -213,7 +257,7 @@ def _getitem(b: Builder, values: tuple[Any, ...], index: int) -> Any:
     return values[index]
 
 
-TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
+TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType({**QUANTIZED_EXPERTS, **_TABLE})
 """Lowered operators, and those of the dialect that the library has a kernel for."""
 
 

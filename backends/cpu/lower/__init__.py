@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcompile.backends.cpu import ops
 from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
+from qcompile.backends.cpu.lower.fuse_experts import FuseExperts
 from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
 from qcompile.backends.cpu.lower.fuse_residual import FuseResidual
 from qcompile.backends.cpu.lower.fuse_siblings import FuseSiblings
@@ -26,6 +27,7 @@ def lower_phase() -> Phase:
             TurnInputs(),
             FuseVectorLinear(),
             FuseLinear(),
+            FuseExperts(),
             FuseResidual(),
             FuseAttention(),
             MergeDuplicates(),

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from qcompile.backends.cpu import ops
-from qcompile.backends.cpu.packable import layout_of, unpackable_reason
-from qcompile.errors import TargetError
-from qcompile.formats import LookupFormat, StoredWeight, stored_weight
+from qcompile.backends.cpu.lower.pack_weight import PackedWeight, pack_weight
+from qcompile.formats import stored_weight
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
-from qcompile.ir.weights import TensorSpec
-from qcompile.kernels.cpu.layout import WeightLayout, pack_linear, packed_size
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
 from qcompile.passes.lower.rounded_inputs import rounded_input
 
@@ -51,7 +45,7 @@ class FuseLinear(Pass):
             if weight is None:
                 continue
             with editor.before(node):
-                packed = _packed(editor, weight)
+                packed = pack_weight(editor, weight)
                 if node.target is aten.linear.default:
                     new = _linear(editor, node, packed)
                 else:
@@ -61,71 +55,7 @@ class FuseLinear(Pass):
         return result
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A packed weight: the node that names it, its shape, and how it is stored."""
-
-    node: fx.Node
-    shape: tuple[int, ...]
-    layout: WeightLayout
-
-    @property
-    def arguments(self) -> tuple[int, int, str]:
-        """n, k and layout, as the operators take them."""
-        n, k = self.shape
-        return n, k, str(self.layout)
-
-
-def _packed(editor: Editor, weight: StoredWeight) -> _Packed:
-    reason = unpackable_reason(weight.format)
-    if reason is not None:
-        raise TargetError(
-            f"weight '{weight.name}': {reason}",
-            remedy="choose another format for it in the recipe, such as int4-g32 or int8",
-        )
-    layout = layout_of(weight.format)
-    name = f"{weight.name}.codes.packed"
-    if name not in editor.program.weights:
-        _define_packed(editor.program, name, weight, layout)
-    return _Packed(editor.weight(name), weight.shape, layout)
-
-
-def _define_packed(program: Program, name: str, weight: StoredWeight, layout: WeightLayout) -> None:
-    parts = tuple(weight.tensors)
-    n, k = weight.shape
-    levels = None
-    if layout.coding == "table":
-        assert isinstance(weight.format, LookupFormat)
-        levels = np.array(weight.format.levels, np.float32)
-
-    def pack(*values: Tensor) -> Tensor:
-        tensors = dict(zip(parts, map(_to_numpy, values), strict=True))
-        outer = tensors.get("outer_scale")
-        return torch.from_numpy(
-            pack_linear(
-                tensors["codes"],
-                tensors["scale"],
-                tensors.get("zero_point"),
-                bits=layout.bits,
-                group_size=layout.group_size,
-                scale_dtype=layout.scale_dtype,
-                coding=layout.coding,
-                levels=levels,
-                outer_scale=None if outer is None else outer.reshape(-1),
-            )
-        )
-
-    operands = tuple(str(tensor.target) for tensor in weight.tensors.values())
-    spec = TensorSpec((packed_size(n, k, layout),), torch.uint8)
-    program.weights.derive(name, operands, pack, spec, exact=True, label="pack")
-
-
-def _to_numpy(value: Tensor) -> npt.NDArray[Any]:
-    """As numpy has it: bfloat16 becomes float32."""
-    return (value.float() if value.is_floating_point() else value).numpy()
-
-
-def _linear(editor: Editor, node: fx.Node, packed: _Packed) -> fx.Node:
+def _linear(editor: Editor, node: fx.Node, packed: PackedWeight) -> fx.Node:
     x, act = node.args[0], ops.FLOAT_ACTIVATIONS
     if packed.layout.multiplies_bytes:
         x, act = _activations(x, packed.layout.group_size)

@@ -88,7 +88,7 @@ class Context {
 
 // A memory block of this thread that grows and is reused from call to call; 64-byte aligned.
 // Each slot is a different block. Contents are unspecified.
-enum class ScratchSlot : int { kActivations, kPanels, kGate, kKeys, kMask, kWorker, kCount };
+enum class ScratchSlot : int { kActivations, kPanels, kGate, kKeys, kMask, kExperts, kWorker, kCount };
 void* Scratch(ScratchSlot slot, size_t bytes);
 inline float* ScratchFloats(ScratchSlot slot, int64_t count) {
   return static_cast<float*>(Scratch(slot, sizeof(float) * static_cast<size_t>(count)));
@@ -116,6 +116,7 @@ OperatorSpec QLinearSpec();
 OperatorSpec QLinearsSpec();
 OperatorSpec QGatedLinearSpec();
 OperatorSpec QEmbeddingSpec();
+OperatorSpec QExpertsSpec();
 OperatorSpec AttentionSpec();
 OperatorSpec RmsNormSpec();
 OperatorSpec GatedActivationSpec();

@@ -6,8 +6,8 @@
 
 namespace qcompile::cpu {
 
-inline Coding ReadCoding(const Attributes& attributes) {
-  const std::string coding = attributes.String("coding", "integer");
+inline Coding ReadCoding(const Attributes& attributes, const std::string& prefix = "") {
+  const std::string coding = attributes.String((prefix + "coding").c_str(), "integer");
   if (coding == "integer") return Coding::kInteger;
   if (coding == "table") return Coding::kTable;
   if (coding == "e2m1") return Coding::kE2m1;
@@ -30,31 +30,33 @@ inline int FixedBits(Coding coding) {
   }
 }
 
-// `size` names the attribute that says how many columns there are.
-inline PackedLayout ReadLayout(const Attributes& attributes, const char* size = "N") {
+// `size` names the attribute that says how many columns there are; all names may have a prefix.
+inline PackedLayout ReadLayout(const Attributes& attributes, const char* size = "N",
+                               const std::string& prefix = "") {
+  const auto read = [&](const char* name) { return attributes.Int((prefix + name).c_str()); };
   constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
   PackedLayout layout;
-  layout.n = attributes.Int(size);
-  layout.k = attributes.Int("K");
+  layout.n = read(size);
+  layout.k = read("K");
   Require(layout.n > 0 && layout.k > 0 && layout.n < kMostElements && layout.k < kMostElements &&
               layout.n <= kMostElements / layout.k,
           size, " = ", layout.n, " and K = ", layout.k, " are no size of a weight");
-  const int64_t bits = attributes.Int("bits");
+  const int64_t bits = read("bits");
   Require(bits >= 1 && bits <= 8, "bits = ", bits, " is not supported; use 1 to 8");
   layout.bits = static_cast<int>(bits);
-  const int64_t group_size = attributes.Int("group_size");
+  const int64_t group_size = read("group_size");
   Require(group_size >= 0 && group_size % 16 == 0, "group_size = ", group_size,
           " is neither 0 (per channel) nor a multiple of 16");
   layout.group_size = group_size == 0 || group_size > layout.k ? layout.k : group_size;
-  const int64_t has_zero_point = attributes.Int("has_zero_point", 0);
+  const int64_t has_zero_point = attributes.Int((prefix + "has_zero_point").c_str(), 0);
   Require(has_zero_point == 0 || has_zero_point == 1, "has_zero_point = ", has_zero_point,
           " is neither 0 nor 1");
   layout.has_zero_point = has_zero_point == 1;
-  const int64_t scale_type = attributes.Int("scale_dtype");
+  const int64_t scale_type = read("scale_dtype");
   Require(scale_type >= 0 && scale_type <= 5, "scale_dtype = ", scale_type,
           " is none of 0 (float32), 1 (float16), 2 (bfloat16), 3 (e8m0), 4 (e4m3), 5 (uint8)");
   layout.scale_type = static_cast<ScaleType>(scale_type);
-  layout.coding = ReadCoding(attributes);
+  layout.coding = ReadCoding(attributes, prefix);
   Require(layout.coding == Coding::kInteger || !layout.has_zero_point,
           "only integers have zero points");
   const int fixed_bits = FixedBits(layout.coding);
