@@ -86,7 +86,7 @@ class Method:
 ONLINE: Final = ["down_proj", "o_proj"]
 """Where rotations stay in the program."""
 
-SPINQUANT_STEPS: Final = 30
+SPINQUANT_STEPS: Final = 20
 """Of 512 tokens; the paper has 100 of 16,384, and a step takes some seconds on a CPU core."""
 
 
