@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -173,7 +173,7 @@ class Block:
 
     def _linear(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Tensor:
         """The value of a linear, its input rounded where activations will be."""
-        x, weight, *bias = fx.node.map_arg(node.args, env.__getitem__)
+        x, weight, *bias = cast(tuple[Tensor, ...], fx.node.map_arg(node.args, env.__getitem__))
         if self._bits:
             x = round_straight_through(x, self._bits)
         return self._product(x, weight, *bias)
