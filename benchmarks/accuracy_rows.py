@@ -34,6 +34,7 @@ HIGGS: Final = {
     "w3-g64": "higgs2x64-g64",
     "w2-g64": "higgs4x256-g64",
 }
+FP4: Final = {"w4": "fp4", "w4-g64": "fp4-g64"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ ROWS: Final[Mapping[str, Row]] = {
     "nf4-gptq": weights({"w4": "nf4", "w4-g64": "nf4-g64"}, **_GPTQ),
     "higgs": weights(HIGGS, scale_search="mse"),
     "higgs-absmax": weights(HIGGS),
+    "fp4": weights(FP4, scale_search="mse"),
+    "llm-fp4": weights(FP4, method="llm_fp4"),
     "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),

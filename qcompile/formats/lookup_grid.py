@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,13 +62,28 @@ class LookupGrid(Grid):
         self, groups: Tensor, search: ScaleSearch, name: str
     ) -> Iterator[GroupParameters]:
         """Scales [..., 1]; see `Grid.candidates`."""
+        return self.scaled(groups, self._factors(search), name)
+
+    def scaled(
+        self, groups: Tensor, factors: Sequence[float], name: str
+    ) -> Iterator[GroupParameters]:
+        """The least scales that cover groups, [..., 1], times factors, as they can be stored.
+
+        Args:
+            groups: As for `candidates`.
+            factors: Below 1 the largest weights are clipped.
+            name: What error messages call the weight.
+
+        Raises:
+            ModelError: A scale is too large for its type.
+        """
         covering = self._covering(groups)
         outer = self.outer
         if self.scales.outer_scales != "none":
             if outer is None:
                 raise ValueError("outer scales are those of a weight: bind the grid to it first")
             outer = outer.reshape(-1, *(1,) * (covering.ndim - 1))
-        for factor in self._factors(search):
+        for factor in factors:
             for scale in self.scales.storable(covering * factor, outer, name):
                 yield GroupParameters(scale)
 

@@ -14,6 +14,7 @@ from qcompile.passes.quantize.methods.awq_clip import AwqClip
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hqq import Hqq
+from qcompile.passes.quantize.methods.llm_fp4 import LlmFp4
 from qcompile.passes.quantize.methods.magr import Magr
 from qcompile.passes.quantize.methods.omniquant import OmniQuant
 from qcompile.passes.quantize.methods.owq import Owq
@@ -31,6 +32,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "hqq": Hqq,
         "magr": Magr,
         "awq_clip": AwqClip,
+        "llm_fp4": LlmFp4,
         "owq": Owq,
         "quik": Quik,
         "slim": Slim,

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from qcompile.calibration.statistics import Hessian, Statistic
 from qcompile.formats import QuantizedWeight
-from qcompile.formats.grid import Grid, GroupParameters
-from qcompile.formats.row_blocks import map_row_blocks
+from qcompile.formats.grid import GroupParameters
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
-from qcompile.passes.quantize.methods.sweep import stack_rows
+from qcompile.passes.quantize.methods.output_error import least_output_error
 
 
 @dataclass(frozen=True)
@@ -41,30 +39,13 @@ class AwqClip(Method):
         for start in range(0, width, size):
             group = slice(start, min(start + size, width))
             weights = task.weight[:, group].contiguous()
-            parameters = _clipped(grid, weights, moments[group, group].to(torch.float32), task)
+            parameters = least_output_error(
+                grid,
+                weights,
+                moments[group, group].to(torch.float32),
+                lambda part, rows: part.candidates(rows, "mse", task.name),
+            )
             codes[:, group] = grid.nearest(weights, parameters)
             fitted.append(parameters)
         tensors = grid.store(codes, GroupParameters.join(fitted))
         return Outcome(QuantizedWeight(task.format, tuple(task.weight.shape), tensors))
-
-
-def _clipped(grid: Grid, weights: Tensor, moments: Tensor, task: Task) -> GroupParameters:
-    """The parameters of one group ``[N, g]``, whose inputs have second moments ``[g, g]``."""
-
-    def search(start: int, stop: int) -> GroupParameters:
-        rows, part = weights[start:stop], grid.rows(start, stop)
-
-        def error(parameters: GroupParameters) -> Tensor:
-            errors = part.round(rows, parameters) - rows
-            return ((errors @ moments) * errors).sum(-1, keepdim=True)
-
-        candidates = part.candidates(rows, "mse", task.name)
-        best = next(candidates)
-        least = error(best)
-        for candidate in candidates:
-            found = error(candidate)
-            best = candidate.where(found < least, best)
-            least = torch.minimum(found, least)
-        return best
-
-    return stack_rows(map_row_blocks(search, *weights.shape))
