@@ -31,6 +31,7 @@ def cpu_linears(
     act: str,
     normed: bool,
     epsilon: float,
+    grid: Tensor | None = None,
 ) -> list[Tensor]:
     """Linear layers of one input, which may be normed first: ``linear_i(rms_norm(x))``.
 
@@ -45,6 +46,7 @@ def cpu_linears(
         act: How the (normed) input is rounded.
         normed: Whether the norm comes first.
         epsilon: Of the norm.
+        grid: Of static codes, as for `cpu_linear`.
 
     Returns:
         ``[..., size]`` float32 for each weight.
@@ -53,7 +55,7 @@ def cpu_linears(
         x = rms_norm(x, norm_weight, epsilon)
     added: Sequence[Tensor | None] = biases or (None,) * len(packed)
     return [
-        cpu_linear(x, weight, bias, None, size, k, layout, act)
+        cpu_linear(x, weight, bias, None, size, k, layout, act, grid)
         for weight, bias, size in zip(packed, added, sizes, strict=True)
     ]
 
@@ -72,6 +74,7 @@ def cpu_gated_linear(
     kind: str,
     normed: bool,
     epsilon: float,
+    grid: Tensor | None = None,
 ) -> Tensor:
     """The first half of a gated feed-forward block: ``activation(gate(x)) * up(x)``.
 
@@ -89,14 +92,15 @@ def cpu_gated_linear(
         kind: The activation, as for `qc.gated_act`.
         normed: Whether an RMS norm comes first.
         epsilon: Of the norm.
+        grid: Of static codes, as for `cpu_linear`.
 
     Returns:
         ``[..., n]`` float32.
     """
     if normed:
         x = rms_norm(x, norm_weight, epsilon)
-    gated = cpu_linear(x, gate, gate_bias, None, n, k, layout, act)
-    return gated_act(gated, cpu_linear(x, up, up_bias, None, n, k, layout, act), kind)
+    gated = cpu_linear(x, gate, gate_bias, None, n, k, layout, act, grid)
+    return gated_act(gated, cpu_linear(x, up, up_bias, None, n, k, layout, act, grid), kind)
 
 
 def _linears_shape(

@@ -41,10 +41,11 @@ def _linear(
     k: int,
     layout: str,
     act: str,
+    grid: ir.Value | None = None,
 ) -> ir.Value:
     return b.op(
         "QLinear",
-        *(x, packed, bias, residual),
+        *(x, packed, bias, residual, grid),
         domain=OPERATOR_DOMAIN,
         dtype=FLOAT,
         N=n,
@@ -67,13 +68,15 @@ def _linears(
     act: str,
     normed: bool,
     epsilon: float,
+    grid: ir.Value | None = None,
 ) -> tuple[ir.Value, ...]:
     count = len(packed)
     added: Sequence[ir.Value | None] = biases or (None,) * count
-    layers = zip(packed, added, strict=True)
+    layers = [operand for layer in zip(packed, added, strict=True) for operand in layer]
+    missing = [None] * (2 * fused_ops.MOST_LAYERS - len(layers))
     return b.ops(
         "QLinears",
-        *(x, norm_weight, *(operand for layer in layers for operand in layer)),
+        *(x, norm_weight, *layers, *missing, grid),
         outputs=count,
         domain=OPERATOR_DOMAIN,
         dtypes=(FLOAT,) * count,
@@ -103,10 +106,11 @@ def _gated_linear(
     kind: str,
     normed: bool,
     epsilon: float,
+    grid: ir.Value | None = None,
 ) -> ir.Value:
     return b.op(
         "QGatedLinear",
-        *(x, norm_weight, gate, gate_bias, up, up_bias),
+        *(x, norm_weight, gate, gate_bias, up, up_bias, grid),
         domain=OPERATOR_DOMAIN,
         dtype=FLOAT,
         N=n,

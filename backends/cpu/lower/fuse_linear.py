@@ -9,12 +9,13 @@ from torch import fx
 
 from qcompile.backends.cpu import ops
 from qcompile.backends.cpu.lower.pack_weight import PackedWeight, pack_weight
-from qcompile.formats import stored_weight
+from qcompile.backends.cpu.lower.static_activations import static_input
+from qcompile.formats import StoredWeight, stored_weight
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
-from qcompile.passes.lower.rounded_inputs import rounded_input
+from qcompile.passes.lower.rounded_inputs import RoundedInput, rounded_input
 
 aten = torch.ops.aten
 
@@ -25,7 +26,9 @@ class FuseLinear(Pass):
     1. ``linear(x, dequantize(W), b)``           =>  ``cpu_linear(x, packed W, b, act="float")``
     2. the same with `x` rounded by ``dequantize(quantize(x))``, one scale per token or per group
        of the weight                             =>  ``act="int8_token"`` or ``"int8_group"``
-    3. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
+    3. the same with `x` rounded by one stored scale  =>  ``act="int8_static"``, or
+       ``"uint8_static"`` with a zero point, which goes into the bias; see `static_activations`
+    4. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
 
     ``lookup(W)`` stands where ``dequantize(W)`` does; its inputs' rounding stays a node of its own
     where the kernels have no whole numbers to multiply with. A weight is packed once, lazily,
@@ -47,7 +50,7 @@ class FuseLinear(Pass):
             with editor.before(node):
                 packed = pack_weight(editor, weight)
                 if node.target is aten.linear.default:
-                    new = _linear(editor, node, packed)
+                    new = _linear(editor, node, weight, packed)
                 else:
                     new = editor.call(ops.embedding, node.args[1], packed.node, *packed.arguments)
             editor.replace(node, new)
@@ -55,22 +58,26 @@ class FuseLinear(Pass):
         return result
 
 
-def _linear(editor: Editor, node: fx.Node, packed: PackedWeight) -> fx.Node:
-    x, act = node.args[0], ops.FLOAT_ACTIVATIONS
-    if packed.layout.multiplies_bytes:
-        x, act = _activations(x, packed.layout.group_size)
-    bias = node.args[2] if len(node.args) > 2 else None
-    return editor.call(ops.linear, x, packed.node, bias, None, *packed.arguments, act)
+def _linear(editor: Editor, node: fx.Node, weight: StoredWeight, packed: PackedWeight) -> fx.Node:
+    x: Any = node.args[0]
+    bias: Any = node.args[2] if len(node.args) > 2 else None
+    how: tuple[Any, ...] = (ops.FLOAT_ACTIVATIONS,)
+    rounded = rounded_input(x) if packed.layout.multiplies_bytes else None
+    if rounded is not None:
+        if (act := _measured(rounded, packed.layout.group_size)) is not None:
+            x, how = rounded.source, (act,)
+        elif (static := static_input(editor, node, rounded, weight)) is not None:
+            x, bias, how = rounded.source, static.bias, (static.act, static.grid)
+    return editor.call(ops.linear, x, packed.node, bias, None, *packed.arguments, *how)
 
 
-def _activations(x: Any, group_size: int) -> tuple[Any, str]:
-    """The float input of a linear, and how it is rounded on the way."""
-    rounded = rounded_input(x)
-    if rounded is None or not rounded.is_dynamic or rounded.bits != _INT8_BITS:
-        return x, ops.FLOAT_ACTIVATIONS
+def _measured(rounded: RoundedInput, group_size: int) -> str | None:
+    """How the kernels round an input whose scales are measured at run time, if they can."""
+    if not rounded.is_dynamic or rounded.bits != _INT8_BITS:
+        return None
     if rounded.group_size not in (0, group_size):
-        return x, ops.FLOAT_ACTIVATIONS
-    return rounded.source, ops.INT8_PER_GROUP if rounded.group_size else ops.INT8_PER_TOKEN
+        return None
+    return ops.INT8_PER_GROUP if rounded.group_size else ops.INT8_PER_TOKEN
 
 
 _INT8_BITS = 8

@@ -34,9 +34,10 @@ class TakeResidual(Rule):
         k: Const,
         layout: Const,
         act: Const,
+        grid: Tensor | None,
     ) -> Any:
         """A layer that adds nothing yet, in a sum."""
-        return aten.add.Tensor(ops.linear(x, packed, bias, None, n, k, layout, act), residual)
+        return aten.add.Tensor(ops.linear(x, packed, bias, None, n, k, layout, act, grid), residual)
 
     def check(self, match: Match) -> str | None:
         """The kernel adds values of its own shape only."""
@@ -47,5 +48,7 @@ class TakeResidual(Rule):
 
     def rewrite(self, match: Match, edit: Editor) -> fx.Node:
         """The layer with its residual."""
-        arguments = ("x", "packed", "bias", "residual", "n", "k", "layout", "act")
-        return edit.call(ops.linear, *(match[name] for name in arguments))
+        names = ("x", "packed", "bias", "residual", "n", "k", "layout", "act")
+        arguments = [match[name] for name in names]
+        grid = match["grid"]
+        return edit.call(ops.linear, *arguments, *([] if grid is None else [grid]))

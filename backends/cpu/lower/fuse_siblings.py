@@ -75,11 +75,21 @@ class _Layer:
     @property
     def layout(self) -> tuple[Any, ...]:
         """k, layout of the weight, act."""
-        return tuple(self.node.args[5:])
+        return tuple(self.node.args[5:8])
+
+    @property
+    def grid(self) -> str | None:
+        """The weight that says how static codes of the input are made."""
+        (grid,) = self.node.args[8:] or (None,)
+        return str(grid.target) if isinstance(grid, fx.Node) else None
+
+    def grid_again(self, editor: Editor) -> tuple[fx.Node, ...]:
+        """The last argument of calls, where the editor stands; none where there is no grid."""
+        return () if self.grid is None else (editor.weight(self.grid),)
 
     def goes_with(self, other: _Layer) -> bool:
         """Whether one node can compute both."""
-        alike = (self.bias is None) == (other.bias is None)
+        alike = (self.bias is None) == (other.bias is None) and self.grid == other.grid
         return alike and self.source is other.source and self.layout == other.layout
 
     def weight(self, editor: Editor) -> fx.Node:
@@ -98,7 +108,9 @@ def _fuse_gated(editor: Editor, node: fx.Node) -> bool:
         operands = (gate.weight(editor), gate.bias, up.weight(editor), up.bias)
         layout = (gate.outputs, *gate.layout)
         new = editor.call(
-            fused_ops.gated_linear, x, norm_weight, *operands, *layout, node.args[2], *norm
+            fused_ops.gated_linear,
+            *(x, norm_weight, *operands, *layout, node.args[2], *norm),
+            *gate.grid_again(editor),
         )
     editor.replace(node, new)
     return True
@@ -128,7 +140,9 @@ def _fuse_layers(editor: Editor, layers: Sequence[_Layer]) -> None:
         biases = [_again(editor, layer.bias) for layer in layers if layer.bias is not None]
         sizes = [layer.outputs for layer in layers]
         fused = editor.call(
-            fused_ops.linears, x, norm_weight, packed, biases, sizes, *first.layout, *norm
+            fused_ops.linears,
+            *(x, norm_weight, packed, biases, sizes, *first.layout, *norm),
+            *first.grid_again(editor),
         )
         results = [editor.call(operator.getitem, fused, i) for i in range(len(layers))]
     for layer, result in zip(layers, results, strict=True):
