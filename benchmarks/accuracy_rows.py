@@ -109,6 +109,16 @@ ROWS: Final[Mapping[str, Row]] = {
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
     "quik": weights({"w4": "int4+6.25%fp16"}, **{**_GPTQ, "method": "quik"}),
+    "adpq": weights(
+        {"w4-g64": "int4-g128-asym/0.5%fp16", "w3-g64": "int3-g128-asym/0.5%fp16"},
+        method="adpq",
+        scale_search="mse",
+    ),
+    "mixed": weights(
+        {"w3-g64": "(-1.5,-0.5,0.5,1.5)-g16-dq+10%nf4-g16-dq/0.4%fp16"},
+        method="mixed",
+        scale_search="mse",
+    ),
     "slim": weights(
         {"w3-g64": "int3-g64-asym", "w2-g64": "int2-g64-asym"}, method="slim", scale_search="mse"
     ),

@@ -10,12 +10,14 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qcompile.errors import RecipeError, suggest
+from qcompile.passes.quantize.methods.adpq import Adpq
 from qcompile.passes.quantize.methods.awq_clip import AwqClip
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hqq import Hqq
 from qcompile.passes.quantize.methods.llm_fp4 import LlmFp4
 from qcompile.passes.quantize.methods.magr import Magr
+from qcompile.passes.quantize.methods.mixed import Mixed
 from qcompile.passes.quantize.methods.omniquant import OmniQuant
 from qcompile.passes.quantize.methods.owq import Owq
 from qcompile.passes.quantize.methods.quik import Quik
@@ -35,6 +37,8 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
         "llm_fp4": LlmFp4,
         "owq": Owq,
         "quik": Quik,
+        "adpq": Adpq,
+        "mixed": Mixed,
         "slim": Slim,
         "signround": SignRound,
         "omniquant": OmniQuant,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from qcompile.errors import RecipeError
-from qcompile.formats import Format, QuantizedWeight, ScalarFormat, SplitFormat
+from qcompile.formats import Format, QuantizedWeight, ScalarFormat, SparseFormat, SplitFormat
 from qcompile.formats.dense import DenseFormat
 from qcompile.passes.quantize.methods.base import Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
@@ -17,29 +18,39 @@ from qcompile.passes.quantize.methods.sweep import BLOCK, GridRounder, Rounder, 
 
 
 def sweep_parts(
-    task: Task, format: SplitFormat, columns: Sequence[Tensor], options: Gptq
+    task: Task,
+    format: SplitFormat | SparseFormat,
+    columns: Sequence[Tensor],
+    options: Gptq,
+    *,
+    index: Tensor | None = None,
 ) -> Outcome:
     """Rounds the columns of all parts in one sweep, those that stay floats last.
 
     Codes are chosen in the order of the columns (or as `act_order` says); what their errors ask of
-    later columns the float ones take in the end, nearly without an error of their own.
+    later columns the float ones take in the end, nearly without an error of their own. Numbers with
+    a float beside them count as 0 when scales are chosen, and err by the float's rounding only.
 
     Args:
         task: The weight and its inputs; its format does not count.
         format: What is stored.
-        columns: Of each part, as `SplitFormat.divide` gives them.
+        columns: Of each part, as `SplitFormat.divide` gives them; all, where there are no parts.
         options: Of the sweep; `Gptq` itself knows formats without parts only.
+        index: For a `SparseFormat`, the places of the floats, [N, M].
 
     Raises:
         RecipeError: A part is of a format that does not store one code per weight.
 
     Source: Lee et al. 2023 (OWQ), section 3; Ashkboos et al. 2023 (QUIK), section 3.
     """
+    base = format.base if isinstance(format, SparseFormat) else format
+    formats = base.formats if isinstance(base, SplitFormat) else (base,)
+    coded = task if index is None else replace(task, weight=task.weight.scatter(1, index, 0.0))
     rounders = [
-        _rounder(task, part, chosen, options)
-        for part, chosen in zip(format.formats, columns, strict=True)
+        _rounder(coded, part, chosen, options)
+        for part, chosen in zip(formats, columns, strict=True)
     ]
-    runs = list(_runs(task, format, columns, rounders, options))
+    runs = list(_runs(task, formats, columns, rounders, options))
     order = torch.cat(runs)
     as_they_stand = torch.equal(order, torch.arange(len(order)))
     found = task.seen.feedback(
@@ -49,12 +60,18 @@ def sweep_parts(
         order=None if as_they_stand else order,  # other weights share the factors of the former
     )
     rounder = PartsRounder(rounders, columns)
-    sweep(task.weight, found, rounder, block=[len(run) for run in runs])
+    beside = None if index is None else SparseRounder(rounder, index, task.weight.shape[1])
+    sweep(task.weight, found, beside or rounder, block=[len(run) for run in runs])
     parts = [
         QuantizedWeight(part, (len(task.weight), len(chosen)), rounder.tensors())
-        for part, chosen, rounder in zip(format.formats, columns, rounders, strict=True)
+        for part, chosen, rounder in zip(formats, columns, rounders, strict=True)
     ]
-    return Outcome(format.join(parts, columns, tuple(task.weight.shape)), found.notes)
+    whole = parts[0]
+    if isinstance(base, SplitFormat):
+        whole = base.join(parts, columns, tuple(task.weight.shape))
+    if isinstance(format, SparseFormat) and index is not None and beside is not None:
+        whole = format.join(whole, index, beside.lacking.gather(1, index), task.name)
+    return Outcome(whole, found.notes)
 
 
 def split_format(task: Task, method: str) -> SplitFormat:
@@ -107,6 +124,37 @@ class PartsRounder:
         return rounder.round(place, target)
 
 
+class SparseRounder:
+    """Rounds columns as another one does, but for a few numbers that get a float; see `Rounder`.
+
+    Args:
+        inner: Rounds columns; to it, these numbers are 0.
+        index: Their places in each row, [N, M].
+        columns: K.
+
+    Attributes:
+        lacking: What the codes lack, where they have a float, float32 [N, K].
+    """
+
+    def __init__(self, inner: Rounder, index: Tensor, columns: int) -> None:
+        self.adapts = inner.adapts
+        self._inner = inner
+        self._chosen = torch.zeros(len(index), columns, dtype=torch.bool).scatter(1, index, True)
+        self.lacking = torch.zeros(len(index), columns)
+
+    def begin(self, columns: Sequence[int], weights: Tensor) -> None:
+        """Tells the other one about its block."""
+        self._inner.begin(columns, weights.masked_fill(self._chosen.T[list(columns)], 0.0))
+
+    def round(self, column: int, target: Tensor) -> Tensor:
+        """Codes and floats together."""
+        chosen = self._chosen[:, column : column + 1]
+        decoded = self._inner.round(column, target.masked_fill(chosen, 0.0))
+        lacking = torch.where(chosen, target - decoded, 0.0)
+        self.lacking[:, column : column + 1] = lacking
+        return decoded + lacking.to(torch.float16).to(torch.float32)
+
+
 class DenseRounder:
     """Keeps columns as floats; see `Rounder`.
 
@@ -157,14 +205,14 @@ def _rounder(task: Task, part: Format, columns: Tensor, options: Gptq) -> PartRo
 
 def _runs(
     task: Task,
-    format: SplitFormat,
+    formats: Sequence[Format],
     columns: Sequence[Tensor],
     rounders: Sequence[PartRounder],
     options: Gptq,
 ) -> Iterator[Tensor]:
     """Columns in the order in which they are worked on; none of a run is of another part."""
     coded, dense = [], []
-    for part, chosen, rounder in zip(format.formats, columns, rounders, strict=True):
+    for part, chosen, rounder in zip(formats, columns, rounders, strict=True):
         if isinstance(part, DenseFormat):
             dense += chosen.split(BLOCK)
         else:
