@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qcompile.backends.cpu import ops
+from qcompile.backends.cpu import expert_ops, ops
 from qcompile.errors import ModelError
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -20,7 +20,9 @@ _LAYERS = (
     _aten.conv3d.default,
     dialect.rms_norm,
     dialect.layer_norm,
+    dialect.experts,
     ops.linear,
+    expert_ops.experts,
 )
 """What multiplies weights with activations. Elsewhere an infinity may be meant, as in a mask."""
 
