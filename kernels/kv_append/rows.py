@@ -2,7 +2,7 @@
 
 A row of `width` numbers holds
 
-- ``bf16``: the numbers, rounded to bfloat16, two bytes each;
+- ``float``: the numbers as float32; ``bf16``: as bfloat16;
 - ``int8``: one code each; ``int4``: two codes to a byte, the first half of the row in the low
   nibbles and the second half in the high ones. Behind the codes stand the scales of the groups as
   float16, and then their zero points, one byte each.
@@ -24,10 +24,11 @@ from qcompile.kernels.quantize.reference import quantize
 FLOAT_CACHE = "float"
 """The format of a cache that holds keys and values as they are computed."""
 
+_PLAIN = {FLOAT_CACHE: torch.float32, "bf16": torch.bfloat16}
 _BITS = {"int8": 8, "int4": 4}
 
 CACHE_FORMATS = ("bf16", *_BITS)
-"""Formats of caches that round, by name."""
+"""Formats of caches that round, by name. `FLOAT_CACHE` stands in rows only beside one of them."""
 
 _SCALE_BYTES = 2  # of float16
 
@@ -37,14 +38,14 @@ def row_bytes(width: int, format: str, group_size: int) -> int:
 
     Args:
         width: Numbers in it.
-        format: One of `CACHE_FORMATS`.
+        format: ``"float"``, or one of `CACHE_FORMATS`.
         group_size: Numbers per scale; 0 is one scale for all.
 
     Raises:
         ValueError: There is no such format.
     """
-    if format == "bf16":
-        return 2 * width
+    if format in _PLAIN:
+        return _PLAIN[format].itemsize * width
     bits = _bits(format)
     return code_bytes(width, bits) + group_count(width, group_size) * (_SCALE_BYTES + 1)
 
@@ -59,7 +60,7 @@ def encode_rows(x: Tensor, format: str, group_size: int) -> Tensor:
 
     Args:
         x: ``[..., width]``, any float dtype; rounded from float32.
-        format: One of `CACHE_FORMATS`.
+        format: ``"float"``, or one of `CACHE_FORMATS`.
         group_size: Numbers per scale; 0 is one scale for all.
 
     Returns:
@@ -67,8 +68,8 @@ def encode_rows(x: Tensor, format: str, group_size: int) -> Tensor:
         range that no float16 scale spans (2^16 times the codes), leaves its group not finite.
     """
     x = x.to(torch.float32)
-    if format == "bf16":
-        return x.to(torch.bfloat16).contiguous().view(torch.uint8)
+    if format in _PLAIN:
+        return x.to(_PLAIN[format]).contiguous().view(torch.uint8)
     bits = _bits(format)
     scale, zero_point = _grid(x, bits, group_size)
     codes = quantize(x, scale, zero_point, bits, group_size)
@@ -81,15 +82,15 @@ def decode_rows(rows: Tensor, format: str, group_size: int, width: int) -> Tenso
 
     Args:
         rows: ``[..., row_bytes]`` uint8.
-        format: One of `CACHE_FORMATS`.
+        format: ``"float"``, or one of `CACHE_FORMATS`.
         group_size: Numbers per scale; 0 is one scale for all.
         width: Numbers in a row.
 
     Returns:
         ``[..., width]`` float32.
     """
-    if format == "bf16":
-        return rows.contiguous().view(torch.bfloat16).to(torch.float32)
+    if format in _PLAIN:
+        return rows.contiguous().view(_PLAIN[format]).to(torch.float32)
     bits, groups = _bits(format), group_count(width, group_size)
     sizes = [code_bytes(width, bits), groups * _SCALE_BYTES, groups]
     packed, scale, zero_point = rows.split(sizes, dim=-1)

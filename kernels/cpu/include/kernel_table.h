@@ -8,14 +8,15 @@
 
 #include <cstdint>
 
+#include "cache_row.h"
 #include "packed_layout.h"
 
 namespace qcompile::cpu {
 
 enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kSigmoid, kTanh, kIdentity };
 
-// Codes of activations that were fixed before: clamp(x / scale, least, most), rounded, + offset. The
-// bounds are whole numbers with 0 between them; a NaN becomes the code of 0, which is `offset`.
+// Codes of activations that were fixed before: clamp(x / scale, least, most), rounded, + offset.
+// The bounds are whole numbers with 0 between them; a NaN becomes the code of 0, which is `offset`.
 struct StaticGrid {
   float scale;
   float least, most;
@@ -59,6 +60,13 @@ struct LinearTile {
   float* scratch;         // kLinearScratchFloats, or PanelScratchBytes(layout); else unused
 };
 
+// Where keys (or values) of one head are: rows of a cache, or floats beside those of other heads.
+struct CacheRows {
+  const uint8_t* data;
+  int64_t stride;  // bytes from one position to the next
+  CacheRow row;
+};
+
 // Softmax attention of a few query rows over one key/value head.
 struct AttentionTile {
   // Rows are consecutive queries of one head, or consecutive heads of one query.
@@ -71,11 +79,10 @@ struct AttentionTile {
   int64_t first_position;  // position of the first row's query among the keys
   int64_t head_dim, value_dim;
 
-  const float* keys;  // [total, head_dim]
-  int64_t key_stride;
-  const float* values;  // [total, value_dim]
-  int64_t value_stride;
+  CacheRows keys;    // of head_dim numbers
+  CacheRows values;  // of value_dim numbers
   int64_t total;
+  int64_t key_begin, key_end;  // keys that this call sees, from a multiple of kAttentionKeys on
 
   const float* mask;  // [total] zero where a key is hidden, or null
   const float* bias;  // first row's additive bias, [total], or null
@@ -87,7 +94,11 @@ struct AttentionTile {
   float softcap;   // 0: none
   bool causal;     // hides keys after the query
   int64_t window;  // hides keys `window` or more before the query; 0: none
-  float* scratch;  // attention_scratch_floats(head_dim, value_dim) floats
+  float* scratch;  // AttentionScratchFloats(head_dim, value_dim)
+
+  // Not null: instead of `out`, rows of AttentionPartFloats(value_dim) are written, for others to
+  // join: the sum of weighted values, its weight, and the logit that both are relative to.
+  float* part;
 };
 
 constexpr int64_t kAttentionRows = 32;  // most rows of an AttentionTile
@@ -95,8 +106,12 @@ constexpr int64_t kAttentionKeys = 64;  // keys per step of the online softmax
 
 inline int64_t PadTo16(int64_t count) { return (count + 15) / 16 * 16; }
 
+inline int64_t AttentionPartFloats(int64_t value_dim) { return PadTo16(value_dim) + 2; }
+
 inline int64_t AttentionScratchFloats(int64_t head_dim, int64_t value_dim) {
-  return head_dim * kAttentionKeys + kAttentionRows * (kAttentionKeys + PadTo16(value_dim) + 2);
+  // Transposed and decoded keys, decoded values, scores, sums, and two numbers a row.
+  return kAttentionKeys * (2 * head_dim + value_dim) +
+         kAttentionRows * (kAttentionKeys + PadTo16(value_dim) + 2);
 }
 
 constexpr int64_t kLinearFloatRows = 128;   // most rows of a LinearTile with float activations
@@ -151,6 +166,8 @@ struct KernelTable {
   // Rows row_begin to row_end of a tile's integer activations, at most kPanelRows, as a panel.
   void (*pack_panel)(const LinearTile& tile, uint8_t* panel);
   void (*attention)(const AttentionTile& tile);
+  // The numbers of one head and position as a cache keeps them: row.bytes() bytes.
+  void (*encode_cache_row)(const CacheRow& row, const float* x, uint8_t* bytes);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t dim, float epsilon);
   void (*gated_activation)(Activation kind, const float* gate, const float* up, float* y,
                            int64_t count);

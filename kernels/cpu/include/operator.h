@@ -74,6 +74,7 @@ class Context {
   Tensor<const T> Input(size_t index) const;
   // A required or optional output; absent ones give a null tensor.
   Tensor<float> Output(size_t index, const Shape& shape) const;
+  Tensor<uint8_t> OutputBytes(size_t index, const Shape& shape) const;
 
   // Calls function(i) for every i < total on the session's threads, in no order. `work` is a rough
   // cost in bytes touched or operations: below a few microseconds the calling thread does it all.
@@ -81,6 +82,7 @@ class Context {
 
  private:
   const void* InputData(size_t index, ort::ElementType type, Shape* shape) const;
+  void* OutputData(size_t index, const Shape& shape) const;
 
   const ort::OrtApi& api_;
   ort::OrtKernelContext* context_;
@@ -88,7 +90,17 @@ class Context {
 
 // A memory block of this thread that grows and is reused from call to call; 64-byte aligned.
 // Each slot is a different block. Contents are unspecified.
-enum class ScratchSlot : int { kActivations, kPanels, kGate, kKeys, kMask, kExperts, kWorker, kCount };
+enum class ScratchSlot : int {
+  kActivations,
+  kPanels,
+  kGate,
+  kKeys,
+  kMask,
+  kParts,
+  kExperts,
+  kWorker,
+  kCount
+};
 void* Scratch(ScratchSlot slot, size_t bytes);
 inline float* ScratchFloats(ScratchSlot slot, int64_t count) {
   return static_cast<float*>(Scratch(slot, sizeof(float) * static_cast<size_t>(count)));
@@ -118,6 +130,7 @@ OperatorSpec QGatedLinearSpec();
 OperatorSpec QEmbeddingSpec();
 OperatorSpec QExpertsSpec();
 OperatorSpec AttentionSpec();
+OperatorSpec QAttentionSpec();
 OperatorSpec RmsNormSpec();
 OperatorSpec GatedActivationSpec();
 OperatorSpec HadamardSpec();

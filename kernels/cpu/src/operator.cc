@@ -199,24 +199,29 @@ const void* Context::InputData(size_t index, ort::ElementType type, Shape* shape
   return data != nullptr ? data : &kNothing;
 }
 
-Tensor<float> Context::Output(size_t index, const Shape& shape) const {
-  Tensor<float> tensor;
+void* Context::OutputData(size_t index, const Shape& shape) const {
   size_t count = 0;
   ThrowIfFailed(api_, api_.KernelContext_GetOutputCount(context_, &count), "the output count");
-  if (index >= count) return tensor;
+  if (index >= count) return nullptr;
   ort::OrtValue* value = nullptr;
   ThrowIfFailed(
       api_,
       api_.KernelContext_GetOutput(context_, index, shape.dims, static_cast<size_t>(shape.rank),
                                    &value),
       "an output (does the buffer that is bound to it have the shape that the node computes?)");
-  if (value == nullptr) return tensor;
+  if (value == nullptr) return nullptr;
   void* data = nullptr;
   ThrowIfFailed(api_, api_.GetTensorMutableData(value, &data), "an output's data");
   static float nothing = 0;
-  tensor.data = data != nullptr ? static_cast<float*>(data) : &nothing;
-  tensor.shape = shape;
-  return tensor;
+  return data != nullptr ? data : &nothing;
+}
+
+Tensor<float> Context::Output(size_t index, const Shape& shape) const {
+  return {static_cast<float*>(OutputData(index, shape)), shape};
+}
+
+Tensor<uint8_t> Context::OutputBytes(size_t index, const Shape& shape) const {
+  return {static_cast<uint8_t*>(OutputData(index, shape)), shape};
 }
 
 void Context::ParallelFor(int64_t total, int64_t work,

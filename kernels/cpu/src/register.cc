@@ -19,8 +19,8 @@ ort::OrtStatus* MakeLibrary(const ort::OrtApi& api, const KernelTable& kernels, 
     return status;
   }
   for (OperatorSpec (*spec)() : {QLinearSpec, QLinearsSpec, QGatedLinearSpec, QEmbeddingSpec,
-                                 AttentionSpec, RmsNormSpec, GatedActivationSpec, HadamardSpec,
-                                 VectorLinearSpec, SparseLinearSpec, QExpertsSpec}) {
+                                 AttentionSpec, QAttentionSpec, RmsNormSpec, GatedActivationSpec,
+                                 HadamardSpec, VectorLinearSpec, SparseLinearSpec, QExpertsSpec}) {
     library->ops.push_back(std::make_unique<CustomOp>(spec(), kernels, api));
     if (ort::OrtStatus* status =
             api.CustomOpDomain_Add(library->domain, library->ops.back().get())) {

@@ -45,6 +45,14 @@ def test_products_touch_no_memory_but_their_own(tmp_path: Path) -> None:
     }
     tests = [str(HERE / name) for name in ("test_lookup_codes.py", "test_qembedding.py")]
     tests.append(f"{HERE / 'test_qlinear.py'}::test_wide_and_partial_blocks_match_oracle")
+    tests += [
+        f"{HERE / file}::{test}"
+        for file, test in (
+            ("test_attention.py", "test_grouped_heads_match_oracle"),
+            ("test_cached_attention.py", "test_head_sizes_match_oracle"),
+            ("test_cached_attention.py", "test_groups_match_oracle"),
+        )
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

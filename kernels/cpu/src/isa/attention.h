@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "cache_codec.h"
 #include "elementwise.h"
 #include "gemm.h"
 #include "kernel_table.h"
@@ -27,55 +28,111 @@ inline KeyRange VisibleKeys(const AttentionTile& t, int64_t row) {
   return {begin, end};
 }
 
-// scores[row][key] for few rows: one dot product each.
-inline void ScoreByDots(const AttentionTile& t, int64_t first, int64_t count, float* scores) {
+// Some positions as floats, one behind the other.
+struct Floats {
+  const float* data;
+  int64_t stride;
+};
+
+// `count` positions from `first` on: as they are, or decoded to `scratch`.
+inline Floats Read(const CacheRows& rows, int64_t first, int64_t count, float* scratch) {
+  const uint8_t* begin = rows.data + first * rows.stride;
+  if (rows.row.format == CacheFormat::kFloat) {
+    return {reinterpret_cast<const float*>(begin), rows.stride / int64_t{sizeof(float)}};
+  }
   for (int64_t j = 0; j < count; ++j) {
-    const float* key = t.keys + (first + j) * t.key_stride;
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const float* q = t.q + r * t.q_stride;
-      F even = Zero(), odd = Zero();
+    DecodeCacheRow(rows.row, begin + j * rows.stride, scratch + j * rows.row.width);
+  }
+  return {scratch, rows.row.width};
+}
+
+// scores[row][key] for kRows rows: as many keys at a time as give sixteen sums.
+template <int kRows>
+inline void ScoreRows(const AttentionTile& t, int64_t row, const Floats& keys, int64_t count,
+                      float* scores) {
+  constexpr int64_t kKeys = 16 / kRows;
+  const float* q = t.q + row * t.q_stride;
+  F sums[16];
+  for (F& sum : sums) sum = Zero();
+  for (int64_t j = 0; j < count; j += kKeys) {
+    const int64_t n = Least(kKeys, count - j);
+    for (int64_t i = 0; i < n; ++i) {
+      const float* key = keys.data + (j + i) * keys.stride;
+      F sum[kRows];
+      for (F& s : sum) s = Zero();
       int64_t d = 0;
-      for (; d + 32 <= t.head_dim; d += 32) {
-        even = Fma(Load(q + d), Load(key + d), even);
-        odd = Fma(Load(q + d + 16), Load(key + d + 16), odd);
+      for (; d + 16 <= t.head_dim; d += 16) {
+        const F k = Load(key + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) sum[r] = Fma(Load(q + r * t.q_stride + d), k, sum[r]);
       }
-      for (; d < t.head_dim; d += 16) {
-        const int64_t n = Least(16, t.head_dim - d);
-        even = Fma(LoadN(q + d, n), LoadN(key + d, n), even);
+      if (d < t.head_dim) {
+        const int64_t rest = t.head_dim - d;
+        const F k = LoadN(key + d, rest);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          sum[r] = Fma(LoadN(q + r * t.q_stride + d, rest), k, sum[r]);
+        }
       }
-      scores[r * kAttentionKeys + j] = ReduceAdd(even + odd);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sums[r * kKeys + i] = sum[r];
+    }
+    float found[16];
+    Store(found, ReduceAdd16(sums));
+    for (int64_t r = 0; r < kRows; ++r) {
+      memcpy(scores + (row + r) * kAttentionKeys + j, found + r * kKeys, sizeof(float) * n);
     }
   }
 }
 
-// Keys `first`.. to [head_dim][kAttentionKeys], with zeros after the last.
-inline void TransposeKeys(const AttentionTile& t, int64_t first, int64_t count, float* out) {
-  if (count < kAttentionKeys) memset(out, 0, sizeof(float) * t.head_dim * kAttentionKeys);
+// scores[row][key] for few rows: one dot product each.
+inline void ScoreByDots(const AttentionTile& t, const Floats& keys, int64_t count, float* scores) {
+  int64_t row = 0;
+  for (; row + 4 <= t.rows; row += 4) ScoreRows<4>(t, row, keys, count, scores);
+  switch (t.rows - row) {
+    case 3:
+      return ScoreRows<3>(t, row, keys, count, scores);
+    case 2:
+      return ScoreRows<2>(t, row, keys, count, scores);
+    case 1:
+      return ScoreRows<1>(t, row, keys, count, scores);
+    default:
+      return;
+  }
+}
+
+// Keys to [head_dim][kAttentionKeys], with zeros after the last.
+inline void TransposeKeys(const Floats& keys, int64_t head_dim, int64_t count, float* out) {
+  if (count < kAttentionKeys) memset(out, 0, sizeof(float) * head_dim * kAttentionKeys);
   for (int64_t j = 0; j < count; j += 16) {
-    const float* keys = t.keys + (first + j) * t.key_stride;
+    const float* block = keys.data + j * keys.stride;
     const int64_t n = Least(16, count - j);
     int64_t d = 0;
     if (n == 16) {
-      for (; d + 16 <= t.head_dim; d += 16) {
-        Transpose16(keys + d, t.key_stride, out + d * kAttentionKeys + j, kAttentionKeys);
+      for (; d + 16 <= head_dim; d += 16) {
+        Transpose16(block + d, keys.stride, out + d * kAttentionKeys + j, kAttentionKeys);
       }
     }
-    for (; d < t.head_dim; ++d) {
-      for (int64_t i = 0; i < n; ++i) {
-        out[d * kAttentionKeys + j + i] = keys[i * t.key_stride + d];
-      }
+    for (; d < head_dim; ++d) {
+      for (int64_t i = 0; i < n; ++i) out[d * kAttentionKeys + j + i] = block[i * keys.stride + d];
     }
   }
 }
 
 // scores[row][key] for many rows: transposed keys make it a product with keys across lanes.
-inline void ScoreByGemm(const AttentionTile& t, int64_t first, int64_t count, float* transposed,
-                        float* scores) {
-  TransposeKeys(t, first, count, transposed);
+inline void ScoreByGemm(const AttentionTile& t, const Floats& keys, int64_t count,
+                        float* transposed, float* scores) {
+  TransposeKeys(keys, t.head_dim, count, transposed);
   memset(scores, 0, sizeof(float) * t.rows * kAttentionKeys);
   const Gemm product = {t.q,    t.q_stride,     transposed, kAttentionKeys,
                         scores, kAttentionKeys, t.head_dim};
   GemmAccumulate(product, t.rows, PadTo16(count));
+}
+
+// Whether scores need nothing but their scale: 16 at a time, all visible.
+inline bool IsPlain(const AttentionTile& t, const KeyRange& visible, int64_t first, int64_t count) {
+  return t.softcap == 0.0f && t.bias == nullptr && t.mask == nullptr && count % 16 == 0 &&
+         visible.begin <= first && first + count <= visible.end;
 }
 
 // Scale, soft cap, bias and masks of one row's scores, in place; returns their maximum.
@@ -84,9 +141,17 @@ inline float FinishScores(const AttentionTile& t, int64_t row, int64_t first, in
   static constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const F hidden = Set1(-INFINITY);
   const KeyRange visible = VisibleKeys(t, row);
+  F largest = hidden;
+  if (IsPlain(t, visible, first, count)) {
+    for (int64_t j = 0; j < count; j += 16) {
+      const F s = Load(scores + j) * Set1(t.scale);
+      Store(scores + j, s);
+      largest = Max(largest, s);
+    }
+    return ReduceMax(largest);
+  }
   const F begin = Set1(static_cast<float>(visible.begin - first));
   const F end = Set1(static_cast<float>(Least(visible.end - first, count)));
-  F largest = hidden;
   for (int64_t j = 0; j < count; j += 16) {
     const int64_t n = Least(16, count - j);
     F s = Load(scores + j) * Set1(t.scale);
@@ -101,10 +166,25 @@ inline float FinishScores(const AttentionTile& t, int64_t row, int64_t first, in
   return ReduceMax(largest);
 }
 
+inline void WritePart(const AttentionTile& t, const float* sums, const float* weight,
+                      const float* largest) {
+  const int64_t value_stride = PadTo16(t.value_dim);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    float* part = t.part + r * AttentionPartFloats(t.value_dim);
+    memcpy(part, sums + r * value_stride, sizeof(float) * value_stride);
+    part[value_stride] = weight[r];
+    part[value_stride + 1] = largest[r];
+  }
+}
+
+constexpr int64_t kManyRows = 9;  // from here on it pays to transpose keys
+
 void Attention(const AttentionTile& t) {
   const int64_t value_stride = PadTo16(t.value_dim);
   float* transposed = t.scratch;
-  float* scores = transposed + t.head_dim * kAttentionKeys;
+  float* decoded_keys = transposed + t.head_dim * kAttentionKeys;
+  float* decoded_values = decoded_keys + t.head_dim * kAttentionKeys;
+  float* scores = decoded_values + t.value_dim * kAttentionKeys;
   float* sums = scores + kAttentionRows * kAttentionKeys;
   float* largest = sums + kAttentionRows * value_stride;
   float* weight = largest + kAttentionRows;
@@ -119,15 +199,18 @@ void Attention(const AttentionTile& t) {
     if (visible.begin < all.begin) all.begin = visible.begin;
     if (visible.end > all.end) all.end = visible.end;
   }
+  if (all.begin < t.key_begin) all.begin = t.key_begin;
+  all.end = Least(all.end, t.key_end);
 
   // Steps start at multiples of their length, so that the order of sums depends on positions only.
   int64_t first = all.begin / kAttentionKeys * kAttentionKeys;
   for (; first < all.end; first += kAttentionKeys) {
     const int64_t count = Least(kAttentionKeys, all.end - first);
-    if (t.rows < 4) {
-      ScoreByDots(t, first, count, scores);
+    const Floats keys = Read(t.keys, first, count, decoded_keys);
+    if (t.rows < kManyRows) {
+      ScoreByDots(t, keys, count, scores);
     } else {
-      ScoreByGemm(t, first, count, transposed, scores);
+      ScoreByGemm(t, keys, count, transposed, scores);
     }
     for (int64_t r = 0; r < t.rows; ++r) {
       float* s = scores + r * kAttentionKeys;
@@ -153,11 +236,12 @@ void Attention(const AttentionTile& t) {
         }
       }
     }
-    const Gemm product = {scores,         kAttentionKeys, t.values + first * t.value_stride,
-                          t.value_stride, sums,           value_stride,
-                          count};
+    const Floats values = Read(t.values, first, count, decoded_values);
+    const Gemm product = {scores, kAttentionKeys, values.data, values.stride,
+                          sums,   value_stride,   count};
     GemmAccumulate(product, t.rows, t.value_dim);
   }
+  if (t.part != nullptr) return WritePart(t, sums, weight, largest);
 
   for (int64_t r = 0; r < t.rows; ++r) {
     const float factor = weight[r] == 0.0f ? 0.0f : 1.0f / weight[r];

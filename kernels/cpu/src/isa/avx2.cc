@@ -1,6 +1,7 @@
 #include "simd_avx2.h"
 // The vector type comes first.
 #include "attention.h"
+#include "cache_codec.h"
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
@@ -8,8 +9,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",  QuantizeActivations, LinearInt8, LinearFloat,     nullptr,
-    nullptr, Attention,           RmsNorm,    GatedActivation, Hadamard,
+    "avx2",    QuantizeActivations, LinearInt8, LinearFloat,     nullptr,  nullptr,
+    Attention, EncodeCacheRow,      RmsNorm,    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

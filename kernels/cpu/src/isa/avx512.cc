@@ -1,6 +1,7 @@
 #include "simd_avx512.h"
 // The vector type comes first.
 #include "attention.h"
+#include "cache_codec.h"
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
@@ -9,8 +10,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512",  QuantizeActivations, LinearInt8, LinearFloat,     LinearPanels,
-    PackPanel, Attention,           RmsNorm,    GatedActivation, Hadamard,
+    "avx512",  QuantizeActivations, LinearInt8, LinearFloat,     LinearPanels, PackPanel,
+    Attention, EncodeCacheRow,      RmsNorm,    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

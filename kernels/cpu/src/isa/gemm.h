@@ -55,8 +55,8 @@ inline void GemmBlock(const Gemm& g, int64_t row, int64_t column, int64_t lanes)
 
 template <int kRows>
 inline void GemmRows(const Gemm& g, int64_t row, int64_t columns) {
-  // A single row needs more columns in flight to hide the latency of the multiply-add.
-  constexpr int kVectors = kRows == 1 ? 4 : kGemmVectors;
+  // Few rows need more columns in flight to hide the latency of the multiply-add.
+  constexpr int kVectors = kRows == 1 ? 4 : kRows <= 4 ? kThinVectors : kGemmVectors;
   int64_t column = 0;
   for (; column + 16 * kVectors <= columns; column += 16 * kVectors) {
     GemmBlock<kRows, kVectors, false>(g, row, column, 16);
@@ -70,8 +70,16 @@ inline void GemmAccumulate(const Gemm& g, int64_t rows, int64_t columns) {
   int64_t row = 0;
   for (; row + kGemmRows <= rows; row += kGemmRows) GemmRows<kGemmRows>(g, row, columns);
   for (; row + 4 <= rows; row += 4) GemmRows<4>(g, row, columns);
-  for (; row + 2 <= rows; row += 2) GemmRows<2>(g, row, columns);
-  for (; row < rows; ++row) GemmRows<1>(g, row, columns);
+  switch (rows - row) {
+    case 3:
+      return GemmRows<3>(g, row, columns);
+    case 2:
+      return GemmRows<2>(g, row, columns);
+    case 1:
+      return GemmRows<1>(g, row, columns);
+    default:
+      return;
+  }
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "simd_scalar.h"
 // The vector type comes first.
 #include "attention.h"
+#include "cache_codec.h"
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
@@ -8,8 +9,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kScalarKernels = {
-    "scalar", QuantizeActivations, LinearInt8, LinearFloat,     nullptr,
-    nullptr,  Attention,           RmsNorm,    GatedActivation, Hadamard,
+    "scalar",  QuantizeActivations, LinearInt8, LinearFloat,     nullptr,  nullptr,
+    Attention, EncodeCacheRow,      RmsNorm,    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -29,6 +29,7 @@ constexpr int kRowBlocks = 1;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 2;  // most outputs that have two sums each
 constexpr int kGemmRows = 4;
 constexpr int kGemmVectors = 1;
+constexpr int kThinVectors = 1;
 
 inline __m256i LaneMask(int64_t n) {
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -68,6 +69,11 @@ inline float ReduceAdd(F a) {
   r = _mm_add_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
+inline F ReduceAdd16(const F* a) {
+  float sums[16];
+  for (int i = 0; i < 16; ++i) sums[i] = ReduceAdd(a[i]);
+  return Load(sums);
+}
 inline float ReduceMax(F a) {
   const __m256 s = _mm256_max_ps(a.lo, a.hi);
   __m128 r = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -102,6 +108,15 @@ inline int32_t ReduceMax(I a) {
   __m128i r = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
   r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4e));
   return _mm_cvtsi128_si32(_mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
+}
+inline I LowNibbles(I a) {
+  const __m256i mask = _mm256_set1_epi32(15);
+  return {_mm256_and_si256(a.lo, mask), _mm256_and_si256(a.hi, mask)};
+}
+inline I HighNibbles(I a) { return {_mm256_srli_epi32(a.lo, 4), _mm256_srli_epi32(a.hi, 4)}; }
+inline void StoreInts(int32_t* p, I a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.hi);
 }
 inline F ToFloat(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline I Round(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }

@@ -28,6 +28,7 @@ constexpr int kRowBlocks = 2;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 4;  // most outputs that have two sums each
 constexpr int kGemmRows = 8;        // rows of the float micro kernel
 constexpr int kGemmVectors = 2;     // its columns, in vectors
+constexpr int kThinVectors = 4;     // its columns for up to four rows
 
 inline __mmask16 FirstLanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -49,6 +50,27 @@ inline F SelectLess(F a, F b, F x, F y) {
 }
 inline float ReduceAdd(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float ReduceMax(F a) { return _mm512_reduce_max_ps(a.v); }
+// The sums of sixteen vectors.
+inline F ReduceAdd16(const F* a) {
+  __m512 fours[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    // Lanes 0..3 of each 128 bits: partial sums of the vectors 4 i .. 4 i + 3.
+    __m512 pairs[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512 x = a[4 * i + 2 * j].v, y = a[4 * i + 2 * j + 1].v;
+      pairs[j] = _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    }
+    const __m512d x = _mm512_castps_pd(pairs[0]), y = _mm512_castps_pd(pairs[1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  }
+  const auto halves = [](__m512 x, __m512 y) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+  };
+  return {halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]))};
+}
 
 inline I ZeroI() { return {_mm512_setzero_si512()}; }
 inline I Set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
@@ -61,6 +83,9 @@ inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I Max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
 inline int32_t ReduceAdd(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t ReduceMax(I a) { return _mm512_reduce_max_epi32(a.v); }
+inline I LowNibbles(I a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(15))}; }
+inline I HighNibbles(I a) { return {_mm512_srli_epi32(a.v, 4)}; }
+inline void StoreInts(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 inline F ToFloat(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline I Round(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline I AbsBits(F a) {
@@ -136,7 +161,6 @@ inline I DotAccumulate(I sum, Bytes codes, int32_t four_signed) {
 // What the kernels of linear_panel.h need besides.
 
 inline I LoadInts(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline void StoreInts(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 inline void StoreQuad(uint8_t* p, Bytes quad) { _mm512_storeu_si512(p, quad.v); }
 // Byte minus the number in its 32-bit lane.
 inline Bytes Subtract(Bytes quad, I number) {

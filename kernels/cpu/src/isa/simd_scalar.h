@@ -34,6 +34,7 @@ constexpr int kRowBlocks = 1;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 1;  // most outputs that have two sums each
 constexpr int kGemmRows = 4;        // rows of the float micro kernel
 constexpr int kGemmVectors = 1;     // its columns, in vectors
+constexpr int kThinVectors = 1;     // its columns for up to four rows
 
 template <class Result, class Function>
 inline Result ForLanes(Function function) {
@@ -94,6 +95,10 @@ inline float ReduceAdd(const F& a) {
   for (int i = 0; i < 4; ++i) half[i] += half[i + 4];
   return (half[0] + half[2]) + (half[1] + half[3]);
 }
+// The sums of sixteen vectors.
+inline F ReduceAdd16(const F* a) {
+  return ForLanes<F>([&](int i) { return ReduceAdd(a[i]); });
+}
 inline float ReduceMax(const F& a) {
   float r = a.v[0];
   for (int i = 1; i < 16; ++i) r = r > a.v[i] ? r : a.v[i];
@@ -129,6 +134,14 @@ inline int32_t ReduceMax(const I& a) {
   for (int i = 1; i < 16; ++i) r = r > a.v[i] ? r : a.v[i];
   return r;
 }
+// The lowest four bits of each lane, and the rest, of lanes that hold bytes.
+inline I LowNibbles(const I& a) {
+  return ForLanes<I>([&](int i) { return a.v[i] & 15; });
+}
+inline I HighNibbles(const I& a) {
+  return ForLanes<I>([&](int i) { return a.v[i] >> 4; });
+}
+inline void StoreInts(int32_t* p, const I& a) { memcpy(p, a.v, sizeof(a.v)); }
 inline F ToFloat(const I& a) {
   return ForLanes<F>([&](int i) { return static_cast<float>(a.v[i]); });
 }

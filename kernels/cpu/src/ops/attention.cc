@@ -22,6 +22,10 @@ enum Input : size_t {
   kSinks
 };
 
+// Keys that are attended to at a time where one query is all there is: a part of the work that
+// does not depend on the number of threads, in steps of the kernel.
+constexpr int64_t kPartKeys = 2 * kAttentionKeys;
+
 struct Settings {
   int64_t heads, kv_heads;
   float scale;  // NaN: 1 / sqrt(head_dim)
@@ -30,7 +34,27 @@ struct Settings {
   float softcap;
   int64_t rotary_dim;
   bool interleaved;
+  // Of caches of bytes.
+  CacheFormat key_format = CacheFormat::kFloat, value_format = CacheFormat::kFloat;
+  int64_t key_group_size = 0, value_group_size = 0;  // 0: one group
+
+  CacheRow KeyRow(int64_t width) const { return Row(key_format, key_group_size, width); }
+  CacheRow ValueRow(int64_t width) const { return Row(value_format, value_group_size, width); }
+
+ private:
+  static CacheRow Row(CacheFormat format, int64_t group_size, int64_t width) {
+    return {format, width, group_size == 0 ? width : std::min(group_size, width)};
+  }
 };
+
+CacheFormat ReadFormat(const Attributes& attributes, const char* name) {
+  const std::string format = attributes.String(name, "");
+  if (format == "float") return CacheFormat::kFloat;
+  if (format == "bf16") return CacheFormat::kBrain;
+  if (format == "int8") return CacheFormat::kInt8;
+  if (format == "int4") return CacheFormat::kInt4;
+  Fail(name, " = '", format, "' is none of float, bf16, int8, int4");
+}
 
 Settings ReadSettings(const Attributes& attributes) {
   Settings s;
@@ -65,7 +89,8 @@ struct Problem {
   int64_t batch, queries, head_dim, value_dim;
   int64_t past, total;
   int64_t capacity;  // rows of a cache; 0 without one
-  Tensor<const float> q, k, v, key_cache, value_cache, bias, sinks;
+  Tensor<const float> q, k, v, bias, sinks;
+  Tensor<const uint8_t> key_cache, value_cache;  // of floats or rows, see Cache
   Tensor<const int64_t> key_mask;
   RotaryTable rotary;
 };
@@ -76,9 +101,23 @@ int64_t HeadDim(const char* name, const Shape& shape, int64_t heads) {
   return shape[2] / heads;
 }
 
-void ReadCaches(const Context& context, const Settings& s, Problem* p) {
-  p->key_cache = context.Input<float>(kKeyCache);
-  p->value_cache = context.Input<float>(kValueCache);
+// How caches are passed: as floats, or as rows of bytes.
+enum class Cache { kFloats, kBytes };
+
+Tensor<const uint8_t> ReadCache(const Context& context, Cache kind, size_t index) {
+  if (kind == Cache::kBytes) return context.Input<uint8_t>(index);
+  const Tensor<const float> floats = context.Input<float>(index);
+  return {reinterpret_cast<const uint8_t*>(floats.data), floats.shape};
+}
+
+// The last axis of a cache.
+int64_t CacheWidth(Cache kind, const CacheRow& row) {
+  return kind == Cache::kBytes ? row.bytes() : row.width;
+}
+
+void ReadCaches(const Context& context, const Settings& s, Cache kind, Problem* p) {
+  p->key_cache = ReadCache(context, kind, kKeyCache);
+  p->value_cache = ReadCache(context, kind, kValueCache);
   p->key_mask = context.Input<int64_t>(kKeyMask);
   Require(bool{p->key_cache} == bool{p->value_cache},
           "key_cache and value_cache must be given together");
@@ -89,19 +128,22 @@ void ReadCaches(const Context& context, const Settings& s, Problem* p) {
   p->past = p->total - p->queries;
   p->capacity = 0;
   if (!p->key_cache) {
+    Require(kind == Cache::kFloats, "there is no cache");
     Require(p->past == 0, "key_mask covers ", p->total, " keys, but there are ", p->queries,
             " and no cache");
     return;
   }
   Require(bool{p->key_mask}, "caches need a key_mask, whose length tells how full they are");
   const Shape &keys = p->key_cache.shape, &values = p->value_cache.shape;
-  Require(keys.rank == 4 && keys[0] == p->batch && keys[1] == s.kv_heads && keys[3] == p->head_dim,
+  const int64_t key_width = CacheWidth(kind, s.KeyRow(p->head_dim));
+  const int64_t value_width = CacheWidth(kind, s.ValueRow(p->value_dim));
+  Require(keys.rank == 4 && keys[0] == p->batch && keys[1] == s.kv_heads && keys[3] == key_width,
           "key_cache has shape ", keys, " instead of [", p->batch, ", ", s.kv_heads, ", capacity, ",
-          p->head_dim, "]");
+          key_width, "]");
   Require(values.rank == 4 && values[0] == p->batch && values[1] == s.kv_heads &&
-              values[2] == keys[2] && values[3] == p->value_dim,
+              values[2] == keys[2] && values[3] == value_width,
           "value_cache has shape ", values, " instead of [", p->batch, ", ", s.kv_heads, ", ",
-          keys[2], ", ", p->value_dim, "]");
+          keys[2], ", ", value_width, "]");
   p->capacity = keys[2];
   Require(p->total <= p->capacity, p->past, " cached and ", p->queries,
           " new tokens do not fit the cache's capacity of ", p->capacity);
@@ -130,7 +172,7 @@ void ReadRotary(const Context& context, const Settings& s, Problem* p) {
   p->rotary = {cos.data, sin.data, batch_stride, half, s.interleaved};
 }
 
-Problem ReadProblem(const Context& context, const Settings& s) {
+Problem ReadProblem(const Context& context, const Settings& s, Cache kind) {
   Problem p = {};
   p.q = context.Input<float>(kQuery);
   p.k = context.Input<float>(kKey);
@@ -145,7 +187,7 @@ Problem ReadProblem(const Context& context, const Settings& s) {
     Require(t->shape[0] == p.batch && t->shape[1] == p.queries, "k or v has shape ", t->shape,
             ", but q has ", p.q.shape);
   }
-  ReadCaches(context, s, &p);
+  ReadCaches(context, s, kind, &p);
   ReadRotary(context, s, &p);
   p.bias = context.Input<float>(kBias);
   const Shape& bias = p.bias.shape;
@@ -182,85 +224,113 @@ void Rotate(const RotaryTable& table, int64_t batch, int64_t token, const float*
   std::copy(x + 2 * half, x + dim, out + 2 * half);
 }
 
-// Where the keys (or values) of all tokens are.
+// Where the keys (or values) of all tokens are; strides in bytes.
 struct Source {
-  const float* data;
+  const uint8_t* data;
   int64_t batch_stride, head_stride, token_stride;
+  CacheRow row;
 
-  const float* Head(int64_t batch, int64_t head) const {
+  const uint8_t* Head(int64_t batch, int64_t head) const {
     return data + batch * batch_stride + head * head_stride;
+  }
+  const float* Floats(int64_t batch, int64_t head, int64_t token) const {
+    return reinterpret_cast<const float*>(Head(batch, head) + token * token_stride);
   }
 };
 
+CacheRow FloatRow(int64_t width) { return {CacheFormat::kFloat, width, width}; }
+
 class Attention : public Operator {
  public:
-  Attention(const Attributes& attributes, const KernelTable& kernels)
-      : s_(ReadSettings(attributes)), kernels_(kernels) {}
+  Attention(const Settings& settings, Cache cache, const KernelTable& kernels)
+      : s_(settings), cache_(cache), kernels_(kernels) {}
 
   void Compute(const Context& context) const override {
-    const Problem p = ReadProblem(context, s_);
+    const Problem p = ReadProblem(context, s_, cache_);
     Shape shape = p.q.shape;
     shape.dims[2] = s_.heads * p.value_dim;
     float* out = context.Output(0, shape).data;
     Source keys = Strided(p.k, p.head_dim), values = Strided(p.v, p.value_dim);
     if (p.capacity > 0) {
-      keys = Append(context, p, 1, p.k, p.key_cache, p.head_dim, p.rotary);
-      values = Append(context, p, 2, p.v, p.value_cache, p.value_dim, RotaryTable{});
+      keys = Append(context, p, 1, keys, p.key_cache, s_.KeyRow(p.head_dim), p.rotary);
+      values = Append(context, p, 2, values, p.value_cache, s_.ValueRow(p.value_dim), {});
     } else if (p.rotary.half > 0) {
       keys = RotatedKeys(context, p);
     }
     if (p.batch * p.queries == 0) return;
-    Attend(context, p, keys, values, MaskAsFloats(p), out);
+    const float* mask = MaskAsFloats(p);
+    if (p.queries == 1) {
+      AttendInParts(context, p, keys, values, mask, out);
+    } else {
+      Attend(context, p, keys, values, mask, out);
+    }
   }
 
  private:
   // A [batch, tokens, heads * dim] tensor as it is.
   static Source Strided(const Tensor<const float>& t, int64_t dim) {
-    return {t.data, t.shape[1] * t.shape[2], dim, t.shape[2]};
+    constexpr int64_t kBytes = sizeof(float);
+    return {reinterpret_cast<const uint8_t*>(t.data), t.shape[1] * t.shape[2] * kBytes,
+            dim * kBytes, t.shape[2] * kBytes, FloatRow(dim)};
   }
 
   // Writes the new tokens behind the past of a cache, in place where input and output share
   // memory; else the past is copied first. What lies beyond the last token is left alone.
-  Source Append(const Context& context, const Problem& p, size_t output,
-                const Tensor<const float>& fresh, const Tensor<const float>& cache, int64_t dim,
+  Source Append(const Context& context, const Problem& p, size_t output, const Source& fresh,
+                const Tensor<const uint8_t>& cache, const CacheRow& row,
                 const RotaryTable& rotary) const {
-    const Tensor<float> grown = context.Output(output, cache.shape);
-    Require(bool{grown}, "caches are given, but the output ", output == 1 ? "key" : "value",
+    uint8_t* grown = cache_ == Cache::kBytes
+                         ? context.OutputBytes(output, cache.shape).data
+                         : reinterpret_cast<uint8_t*>(context.Output(output, cache.shape).data);
+    Require(grown != nullptr, "caches are given, but the output ", output == 1 ? "key" : "value",
             "_cache_out is not");
-    const Source source = Strided(fresh, dim);
-    const int64_t head_stride = p.capacity * dim;
-    const bool in_place = grown.data == cache.data;
+    const int64_t stride = row.bytes(), head_stride = p.capacity * stride;
+    const bool in_place = grown == cache.data;
     const int64_t copied = in_place ? p.queries : p.total;
     const int64_t tasks = p.batch * s_.kv_heads;
-    context.ParallelFor(tasks, tasks * copied * dim * 4, [&](int64_t task) {
+    context.ParallelFor(tasks, tasks * copied * row.width * 4, [&](int64_t task) {
       const int64_t batch = task / s_.kv_heads, head = task % s_.kv_heads;
-      float* to = grown.data + task * head_stride;
+      uint8_t* to = grown + task * head_stride;
       if (!in_place) {
-        const float* from = cache.data + task * head_stride;
-        std::copy(from, from + p.past * dim, to);
+        const uint8_t* from = cache.data + task * head_stride;
+        std::copy(from, from + p.past * stride, to);
       }
-      to += p.past * dim;
-      const float* from = source.Head(batch, head);
-      for (int64_t t = 0; t < p.queries; ++t) {
-        Rotate(rotary, batch, t, from + t * source.token_stride, dim, to + t * dim);
+      to += p.past * stride;
+      for (int64_t t = 0; t < p.queries; ++t, to += stride) {
+        WriteRow(rotary, batch, t, fresh.Floats(batch, head, t), row, to);
       }
     });
-    return {grown.data, s_.kv_heads * head_stride, head_stride, dim};
+    return {grown, s_.kv_heads * head_stride, head_stride, stride, row};
+  }
+
+  // One head of one token, rotated, as a cache keeps it.
+  void WriteRow(const RotaryTable& rotary, int64_t batch, int64_t token, const float* x,
+                const CacheRow& row, uint8_t* to) const {
+    if (row.format == CacheFormat::kFloat) {
+      return Rotate(rotary, batch, token, x, row.width, reinterpret_cast<float*>(to));
+    }
+    if (rotary.half > 0) {
+      float* rotated = ScratchFloats(ScratchSlot::kWorker, row.width);
+      Rotate(rotary, batch, token, x, row.width, rotated);
+      x = rotated;
+    }
+    kernels_.encode_cache_row(row, x, to);
   }
 
   Source RotatedKeys(const Context& context, const Problem& p) const {
     const Source source = Strided(p.k, p.head_dim);
-    const int64_t head_stride = p.queries * p.head_dim, tasks = p.batch * s_.kv_heads;
-    float* keys = ScratchFloats(ScratchSlot::kKeys, tasks * head_stride);
-    context.ParallelFor(tasks, tasks * head_stride * 4, [&](int64_t task) {
+    const int64_t head_size = p.queries * p.head_dim, tasks = p.batch * s_.kv_heads;
+    float* keys = ScratchFloats(ScratchSlot::kKeys, tasks * head_size);
+    context.ParallelFor(tasks, tasks * head_size * 4, [&](int64_t task) {
       const int64_t batch = task / s_.kv_heads, head = task % s_.kv_heads;
-      const float* from = source.Head(batch, head);
       for (int64_t t = 0; t < p.queries; ++t) {
-        Rotate(p.rotary, batch, t, from + t * source.token_stride, p.head_dim,
-               keys + task * head_stride + t * p.head_dim);
+        Rotate(p.rotary, batch, t, source.Floats(batch, head, t), p.head_dim,
+               keys + task * head_size + t * p.head_dim);
       }
     });
-    return {keys, s_.kv_heads * head_stride, head_stride, p.head_dim};
+    constexpr int64_t kBytes = sizeof(float);
+    return {reinterpret_cast<const uint8_t*>(keys), s_.kv_heads * head_size * kBytes,
+            head_size * kBytes, p.head_dim * kBytes, FloatRow(p.head_dim)};
   }
 
   static const float* MaskAsFloats(const Problem& p) {
@@ -273,109 +343,193 @@ class Attention : public Operator {
     return floats;
   }
 
+  // Many queries: blocks of them, one head each.
   void Attend(const Context& context, const Problem& p, const Source& keys, const Source& values,
               const float* mask, float* out) const {
-    // One query: the heads that share keys go together, unless that leaves too few tasks.
-    constexpr int64_t kEnoughTasks = 8;
-    const int64_t per_kv = s_.heads / s_.kv_heads;
-    const bool rows_are_heads = p.queries == 1;
-    const int64_t row_count = rows_are_heads ? per_kv : p.queries;
-    int64_t rows = std::min(row_count, kAttentionRows);
-    if (rows_are_heads && p.batch * s_.kv_heads < kEnoughTasks) rows = 1;
-    const int64_t blocks = (row_count + rows - 1) / rows;
-    const int64_t lanes = rows_are_heads ? s_.kv_heads : s_.heads;
-    const int64_t work = p.batch * s_.heads * p.queries * p.total * (p.head_dim + p.value_dim);
-    context.ParallelFor(p.batch * lanes * blocks, work, [&](int64_t task) {
+    const int64_t rows = std::min(p.queries, kAttentionRows);
+    const int64_t blocks = (p.queries + rows - 1) / rows;
+    context.ParallelFor(p.batch * s_.heads * blocks, Work(p), [&](int64_t task) {
       // The longest rows, those of the last queries, come first.
-      const int64_t block = blocks - 1 - task / (p.batch * lanes);
-      const int64_t batch = task / lanes % p.batch, lane = task % lanes;
-      const int64_t first = block * rows, count = std::min(rows, row_count - first);
-      const int64_t head = rows_are_heads ? lane * per_kv + first : lane;
-      const int64_t query = rows_are_heads ? 0 : first;
-      AttendRows(p, keys, values, mask, out, batch, head, query, count, rows_are_heads);
+      const int64_t block = blocks - 1 - task / (p.batch * s_.heads);
+      const int64_t batch = task / s_.heads % p.batch, head = task % s_.heads;
+      const int64_t query = block * rows, count = std::min(rows, p.queries - query);
+      AttentionTile tile = Tile(p, keys, values, mask, batch, head, query);
+      tile.rows = count;
+      tile.q_stride = s_.heads * p.head_dim;
+      tile.out = out + (batch * p.queries + query) * s_.heads * p.value_dim + head * p.value_dim;
+      tile.out_stride = s_.heads * p.value_dim;
+      tile.bias_stride = BiasStride(p, 2);
+      Run(p, batch, query, &tile);
     });
   }
 
-  void AttendRows(const Problem& p, const Source& keys, const Source& values, const float* mask,
-                  float* out, int64_t batch, int64_t head, int64_t query, int64_t count,
-                  bool rows_are_heads) const {
-    const int64_t kv_head = head / (s_.heads / s_.kv_heads);
-    const int64_t tile_floats = AttentionScratchFloats(p.head_dim, p.value_dim);
-    float* scratch = ScratchFloats(ScratchSlot::kWorker, tile_floats + kAttentionRows * p.head_dim);
-    AttentionTile tile = {};
-    tile.scratch = scratch;
-
-    const Source q = Strided(p.q, p.head_dim);
-    const float* from = q.Head(batch, head) + query * q.token_stride;
-    const int64_t step = rows_are_heads ? q.head_stride : q.token_stride;
-    tile.q = from;
-    tile.q_stride = step;
-    if (p.rotary.half > 0) {
-      float* rotated = scratch + tile_floats;
-      for (int64_t r = 0; r < count; ++r) {
-        Rotate(p.rotary, batch, rows_are_heads ? query : query + r, from + r * step, p.head_dim,
-               rotated + r * p.head_dim);
-      }
-      tile.q = rotated;
+  // One query: the heads that share keys go together, and the keys are taken in parts, so that few
+  // heads make enough tasks.
+  void AttendInParts(const Context& context, const Problem& p, const Source& keys,
+                     const Source& values, const float* mask, float* out) const {
+    const int64_t per_kv = s_.heads / s_.kv_heads, rows = std::min(per_kv, kAttentionRows);
+    const int64_t blocks = (per_kv + rows - 1) / rows, groups = s_.kv_heads * blocks;
+    const int64_t seen = s_.window > 0 ? std::max<int64_t>(p.total - s_.window, 0) : 0;
+    const int64_t first_part = seen / kPartKeys;
+    const int64_t parts = (p.total + kPartKeys - 1) / kPartKeys - first_part;
+    const int64_t part_floats = AttentionPartFloats(p.value_dim);
+    const int64_t rows_in_all = p.batch * s_.heads;
+    float* found = parts == 1
+                       ? nullptr
+                       : ScratchFloats(ScratchSlot::kParts, parts * rows_in_all * part_floats);
+    context.ParallelFor(p.batch * groups * parts, Work(p), [&](int64_t task) {
+      const int64_t part = task / (p.batch * groups), batch = task / groups % p.batch;
+      const int64_t kv_head = task % groups / blocks, first = task % blocks * rows;
+      const int64_t head = kv_head * per_kv + first;
+      AttentionTile tile = Tile(p, keys, values, mask, batch, head, 0);
+      tile.rows = std::min(rows, per_kv - first);
+      tile.rows_are_heads = true;
       tile.q_stride = p.head_dim;
+      const int64_t row = batch * s_.heads + head;
+      tile.out = out + row * p.value_dim;
+      tile.out_stride = p.value_dim;
+      tile.bias_stride = BiasStride(p, 1);
+      tile.sinks_stride = 1;
+      if (found != nullptr) {
+        tile.key_begin = (first_part + part) * kPartKeys;
+        tile.key_end = std::min(tile.key_begin + kPartKeys, p.total);
+        if (part > 0) tile.sinks = nullptr;
+        tile.part = found + (part * rows_in_all + row) * part_floats;
+      }
+      Run(p, batch, 0, &tile);
+    });
+    for (int64_t row = 0; found != nullptr && row < rows_in_all; ++row) {
+      JoinParts(found + row * part_floats, parts, rows_in_all * part_floats, p.value_dim,
+                out + row * p.value_dim);
     }
+  }
 
-    const int64_t out_token = s_.heads * p.value_dim;
-    tile.out = out + (batch * p.queries + query) * out_token + head * p.value_dim;
-    tile.out_stride = rows_are_heads ? p.value_dim : out_token;
-    tile.rows = count;
-    tile.rows_are_heads = rows_are_heads;
+  // One row of the output from the parts of its keys.
+  static void JoinParts(const float* part, int64_t parts, int64_t stride, int64_t value_dim,
+                        float* out) {
+    const int64_t weight_at = PadTo16(value_dim), largest_at = weight_at + 1;
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < parts; ++i) {
+      const float found = part[i * stride + largest_at];
+      largest = largest > found ? largest : found;  // NaN wins
+    }
+    if (largest == -std::numeric_limits<float>::infinity()) largest = 0.0f;
+    float weight = 0.0f;
+    std::fill(out, out + value_dim, 0.0f);
+    for (int64_t i = 0; i < parts; ++i) {
+      const float* sums = part + i * stride;
+      const float factor = std::exp(sums[largest_at] - largest);
+      weight += factor * sums[weight_at];
+      for (int64_t d = 0; d < value_dim; ++d) out[d] += factor * sums[d];
+    }
+    const float factor = weight == 0.0f ? 0.0f : 1.0f / weight;
+    for (int64_t d = 0; d < value_dim; ++d) out[d] *= factor;
+  }
+
+  // Multiplications of the whole node.
+  int64_t Work(const Problem& p) const {
+    return p.batch * s_.heads * p.queries * p.total * (p.head_dim + p.value_dim);
+  }
+
+  // What a row's bias is away from the next one's, where rows go along an axis.
+  static int64_t BiasStride(const Problem& p, int axis) {
+    const Shape& shape = p.bias.shape;
+    if (!p.bias || shape[axis] == 1) return 0;
+    return axis == 1 ? shape[2] * shape[3] : shape[3];
+  }
+
+  // Rows from a head and query on, with all keys; the caller says how many, and where to.
+  AttentionTile Tile(const Problem& p, const Source& keys, const Source& values, const float* mask,
+                     int64_t batch, int64_t head, int64_t query) const {
+    const int64_t kv_head = head / (s_.heads / s_.kv_heads);
+    AttentionTile tile = {};
+    tile.q = Strided(p.q, p.head_dim).Floats(batch, head, query);
     tile.first_position = p.past + query;
     tile.head_dim = p.head_dim;
     tile.value_dim = p.value_dim;
-    tile.keys = keys.Head(batch, kv_head);
-    tile.key_stride = keys.token_stride;
-    tile.values = values.Head(batch, kv_head);
-    tile.value_stride = values.token_stride;
+    tile.keys = {keys.Head(batch, kv_head), keys.token_stride, keys.row};
+    tile.values = {values.Head(batch, kv_head), values.token_stride, values.row};
     tile.total = p.total;
+    tile.key_end = p.total;
     tile.mask = mask != nullptr ? mask + batch * p.total : nullptr;
     if (p.bias) {
       const Shape& shape = p.bias.shape;
       const int64_t at[3] = {shape[0] == 1 ? 0 : batch, shape[1] == 1 ? 0 : head,
                              shape[2] == 1 ? 0 : query};
       tile.bias = p.bias.data + ((at[0] * shape[1] + at[1]) * shape[2] + at[2]) * shape[3];
-      const int axis = rows_are_heads ? 1 : 2;
-      const int64_t along = rows_are_heads ? shape[2] * shape[3] : shape[3];
-      tile.bias_stride = shape[axis] == 1 ? 0 : along;
     }
     tile.sinks = p.sinks ? p.sinks.data + head : nullptr;
-    tile.sinks_stride = rows_are_heads ? 1 : 0;
     tile.scale = std::isnan(s_.scale) ? 1.0f / std::sqrt(static_cast<float>(p.head_dim)) : s_.scale;
     tile.softcap = s_.softcap;
     tile.causal = s_.causal;
     tile.window = s_.window;
-    kernels_.attention(tile);
+    return tile;
+  }
+
+  // Rotates the tile's queries, gives it memory, and computes it.
+  void Run(const Problem& p, int64_t batch, int64_t query, AttentionTile* tile) const {
+    const int64_t tile_floats = AttentionScratchFloats(p.head_dim, p.value_dim);
+    tile->scratch = ScratchFloats(ScratchSlot::kWorker, tile_floats + kAttentionRows * p.head_dim);
+    if (p.rotary.half > 0) {
+      float* rotated = tile->scratch + tile_floats;
+      for (int64_t r = 0; r < tile->rows; ++r) {
+        Rotate(p.rotary, batch, tile->rows_are_heads ? query : query + r,
+               tile->q + r * tile->q_stride, p.head_dim, rotated + r * p.head_dim);
+      }
+      tile->q = rotated;
+      tile->q_stride = p.head_dim;
+    }
+    kernels_.attention(*tile);
   }
 
   const Settings s_;
+  const Cache cache_;
   const KernelTable& kernels_;
 };
+
+OperatorSpec Spec(const char* name, ort::ElementType cache,
+                  std::unique_ptr<Operator> (*make)(const Attributes&, const KernelTable&)) {
+  const TensorSpec floats = {ort::kFloat, ort::kOptional};
+  const TensorSpec caches = {cache, ort::kOptional};
+  return {name,
+          {{ort::kFloat},
+           {ort::kFloat},
+           {ort::kFloat},
+           caches,                         // key_cache
+           caches,                         // value_cache
+           {ort::kInt64, ort::kOptional},  // key_mask
+           floats,                         // bias
+           floats,                         // cos
+           floats,                         // sin
+           floats},                        // sinks
+          {{ort::kFloat}, caches, caches},
+          make};
+}
 
 }  // namespace
 
 OperatorSpec AttentionSpec() {
-  const TensorSpec floats = {ort::kFloat, ort::kOptional};
-  return {
-      "Attention",
-      {{ort::kFloat},
-       {ort::kFloat},
-       {ort::kFloat},
-       floats,                         // key_cache
-       floats,                         // value_cache
-       {ort::kInt64, ort::kOptional},  // key_mask
-       floats,                         // bias
-       floats,                         // cos
-       floats,                         // sin
-       floats},                        // sinks
-      {{ort::kFloat}, floats, floats},
+  return Spec(
+      "Attention", ort::kFloat,
       [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
-        return std::make_unique<Attention>(attributes, kernels);
-      }};
+        return std::make_unique<Attention>(ReadSettings(attributes), Cache::kFloats, kernels);
+      });
+}
+
+// The same over caches of bytes.
+OperatorSpec QAttentionSpec() {
+  return Spec(
+      "QAttention", ort::kUint8,
+      [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
+        Settings settings = ReadSettings(attributes);
+        settings.key_format = ReadFormat(attributes, "key_format");
+        settings.value_format = ReadFormat(attributes, "value_format");
+        settings.key_group_size = attributes.Int("key_group_size", 0);
+        settings.value_group_size = attributes.Int("value_group_size", 0);
+        Require(settings.key_group_size >= 0 && settings.value_group_size >= 0,
+                "a group size is negative");
+        return std::make_unique<Attention>(settings, Cache::kBytes, kernels);
+      });
 }
 
 }  // namespace qcompile::cpu
