@@ -45,7 +45,7 @@ def test_compiled_mixture_equals_the_program_and_generates(
     after, _ = PassManager(recipe_phases(load_recipe(recipe))).run(program, context)
     ids = np.random.default_rng(0).integers(2, VOCABULARY, (2, 9))
     assert relative_errors(artifact.forward(ids), interpret(after, ids)).max() <= EXACT
-    assert artifact.complete([5, 6, 7], max_new_tokens=4)[0].tokens
+    assert artifact.complete([5, 6, 7], max_new_tokens=4)[0].token_ids
 
     nodes = onnx.load(artifact.path / "model.onnx", load_external_data=False).graph.node
     mixtures = len(list(program.calls(dialect.experts)))
