@@ -137,19 +137,9 @@ def _dequantize(
     group_size: int,
 ) -> ir.Value:
     rounded = rounded_input(b.node)
-    if rounded is None or not _is_static_per_tensor(rounded):
+    if rounded is None or not rounded.is_static_byte:
         return standard.dequantize(b, codes, scale, zero_point, bits, group_size)
     return _rounded_per_tensor(b, rounded)
-
-
-def _is_static_per_tensor(rounded: RoundedInput) -> bool:
-    stored = [rounded.scale, rounded.zero_point]
-    return (
-        rounded.bits == 8
-        and rounded.groups == 1
-        and all(node is None or node.op == "get_attr" for node in stored)
-        and rounded.scale.meta["val"].numel() == 1
-    )
 
 
 def _rounded_per_tensor(b: Builder, rounded: RoundedInput) -> ir.Value:

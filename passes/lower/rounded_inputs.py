@@ -41,6 +41,19 @@ class RoundedInput:
         is_measured = self.scale.target is dialect.dynamic_scale and self.scale.args == measured
         return is_measured and self.zero_point is None
 
+    @property
+    def is_static_byte(self) -> bool:
+        """Whether all values become 8-bit codes by one stored scale, and zero point if any."""
+        stored = (self.scale, self.zero_point)
+        return (
+            self.bits == _BYTE
+            and all(node is None or node.op == "get_attr" for node in stored)
+            and self.scale.meta["val"].numel() == 1
+        )
+
+
+_BYTE = 8
+
 
 def rounded_input(node: object) -> RoundedInput | None:
     """The parts of a rounded activation.

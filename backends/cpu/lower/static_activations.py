@@ -52,25 +52,14 @@ def static_input(
         None if the scale is not one stored number, or the bias is computed.
     """
     bias = linear.args[2] if len(linear.args) > 2 else None
-    if not is_static_per_tensor(rounded) or not (bias is None or _is_stored(bias)):
-        return None
     assert bias is None or isinstance(bias, fx.Node)
+    if not rounded.is_static_byte or (bias is not None and bias.op != "get_attr"):
+        return None
     grid = _grid(editor, rounded)
     if rounded.zero_point is None:
         return StaticInput(ops.INT8_STATIC, grid, bias)
     folded = _folded_bias(editor, linear, rounded, rounded.zero_point, weight, bias)
     return StaticInput(ops.UINT8_STATIC, grid, folded)
-
-
-def is_static_per_tensor(rounded: RoundedInput) -> bool:
-    """Whether an input is rounded to 8-bit codes by one stored scale."""
-    operands = (rounded.scale, rounded.zero_point)
-    is_stored = all(node is None or _is_stored(node) for node in operands)
-    return is_stored and rounded.bits == 8 and rounded.scale.meta["val"].numel() == 1
-
-
-def _is_stored(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _grid(editor: Editor, rounded: RoundedInput) -> fx.Node:

@@ -86,6 +86,26 @@ def test_static_activations_run_after_smoothing(program: Models, tmp_path: Path)
     assert_close(artifact.forward(ids), interpret(after, ids), "w8a8-rtn")
 
 
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_activations_in_8_bit_floats_compile_and_decode(
+    program: Models, tmp_path: Path, granularity: str
+) -> None:
+    overrides = {"quantize_activations.granularity": granularity}
+    recipe = load_recipe("w8a8-fp8", overrides)
+    after = after_recipe(program("llama"), recipe)
+    artifact = compile(
+        program("llama"),
+        recipe=recipe,
+        output=tmp_path / "out",
+        threads=1,
+        calibration=torch.from_numpy(TOKENS),
+        work_dir=tmp_path / "work",
+    )
+    ids = some_ids(2, 9)
+    assert_close(artifact.forward(ids), interpret(after, ids), "w8a8-rtn")
+    assert len(artifact.generate([5, 6, 7], max_new_tokens=4)) >= 1
+
+
 def test_activations_without_a_kernel_are_refused_before_the_work(
     program: Models, tmp_path: Path
 ) -> None:

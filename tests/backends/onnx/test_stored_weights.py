@@ -207,13 +207,14 @@ def test_stored_activation_scales_become_quantize_and_dequantize(
     assert relative(run(tmp_path, x)[0], program(x)) < EXACT
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "token"])
-def test_activations_of_few_bits_are_exact(tmp_path: Path, granularity: str) -> None:
+@pytest.mark.parametrize("format", ["int4", "fp8", "e5m2"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "token", "group"])
+def test_activations_of_few_bits_are_exact(tmp_path: Path, granularity: str, format: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 16)
     program = capture(nn.Linear(16, 8), x)
     context = Context(calibration=Calibration(DataSource(examples=x)))
-    passes = [QuantizeWeights("int4"), QuantizeActivations("int4", granularity=granularity)]
+    passes = [QuantizeWeights("int4-g8"), QuantizeActivations(format, granularity=granularity)]
     program, _ = PassManager(passes).run(program, context)
     write(program, tmp_path)
     assert relative(run(tmp_path, 2 * x)[0], program(2 * x)) < EXACT
