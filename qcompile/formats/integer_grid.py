@@ -21,7 +21,9 @@ class IntegerGrid(Grid):
     Asymmetric: the range of a group, widened to include 0, is spread over all codes. Symmetric: two
     scales are tried, max|w| over the largest positive step, and the extreme weight (with its sign)
     over the lowest step, which uses all 2^bits levels. Searches other than ``"absmax"`` try
-    narrower ranges as well. Every candidate is judged by what it decodes to.
+    narrower ranges as well, and for asymmetric groups those of symmetric ones: weights that are
+    clipped seldom need a range of their own kind on each side, and with these no group errs more
+    for having a zero point. Every candidate is judged by what it decodes to.
     """
 
     bits: int
@@ -37,6 +39,12 @@ class IntegerGrid(Grid):
             scale = storable_scale(ideal, self.scale_dtype, name)
             zero_point = None if self.symmetric else self._whole(-low / scale)
             yield GroupParameters(scale, zero_point)
+        if not self.symmetric and search != "absmax":
+            for ideal in self._symmetric_scales(groups, _NARROWER):
+                scale = storable_scale(ideal, self.scale_dtype, name)
+                # Codes that count from the other end stand for a negative scale.
+                zero_point = torch.full_like(scale, self._middle).sub_((scale < 0).to(scale.dtype))
+                yield GroupParameters(scale.abs(), zero_point)
 
     def nearest(self, values: Tensor, parameters: GroupParameters) -> Tensor:
         """Codes 0 to 2^bits - 1, uint8."""
@@ -88,8 +96,15 @@ class IntegerGrid(Grid):
             for factor in factors:
                 yield full * factor, low * factor
             return
+        for ideal in self._symmetric_scales(groups, factors):
+            yield ideal, low
+
+    def _symmetric_scales(self, groups: Tensor, factors: tuple[float, ...]) -> Iterator[Tensor]:
+        """Candidate scales of symmetric groups before rounding, of either sign, [..., 1]."""
+        low = groups.amin(dim=-1, keepdim=True).clamp_max_(0)
+        high = groups.amax(dim=-1, keepdim=True).clamp_min_(0)
         extreme = torch.where(high > -low, high, low)
         for factor in factors:
-            yield extreme * (factor / -self._middle), low
+            yield extreme * (factor / -self._middle)
             if self.bits > 1:
-                yield extreme.abs() * (factor / (self._middle - 1)), low
+                yield extreme.abs() * (factor / (self._middle - 1))

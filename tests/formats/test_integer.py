@@ -246,3 +246,16 @@ def test_bits_per_weight_counts_scales_and_zero_points(text, shape, bits):
     format = parse_format(text)
     assert format.bits_per_weight(shape) == pytest.approx(bits, abs=1e-12)
     assert format.stored_bits(shape) == round(bits * math.prod(shape))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("search", ["mse", "l2.4"])
+def test_zero_points_never_make_a_group_err_more(bits, search):
+    weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(bits)) ** 3
+    exponent = 2 if search == "mse" else 2.4
+    errors = []
+    for symmetry in ("sym", "asym"):
+        format = parse_format(f"int{bits}-g24-{symmetry}-fp32")
+        decoded = format.decode(format.encode(weight, scale_search=search))
+        errors.append((decoded - weight).abs().pow(exponent).reshape(64, 2, 24).sum(-1))
+    assert bool((errors[1] <= errors[0] * (1 + 1e-6)).all())  # the same sums, rounded in float32
