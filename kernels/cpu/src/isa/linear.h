@@ -59,8 +59,10 @@ inline int32_t LoadFour(const int8_t* codes) {
 // kRows rows by kBlocks column blocks; rows from `rows` on repeat the last one and are not stored.
 template <class Codes, int kRows, int kBlocks>
 void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t block) {
-  // Two sums per output where registers allow: the latency of one dot product is several cycles.
-  constexpr int kChains = kRows * kBlocks <= kChainedOutputs ? 2 : 1;
+  // Several sums per output where registers allow: the latency of one dot product is several
+  // cycles.
+  constexpr int kOutputs = kRows * kBlocks;
+  constexpr int kChains = kOutputs == 1 ? kPlaces : kOutputs <= kChainedOutputs ? 2 : 1;
   const Codes coding(t);
   const PackedLayout& layout = *t.layout;
   const int64_t groups = layout.groups(), padded_k = layout.padded_k();
@@ -93,12 +95,12 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
       for (int r = 0; r < kRows; ++r) {
         // What zero points take from the product of the raw codes.
         dot[r][b][0] = zero * Set1(-sums[r][g]);
-        if constexpr (kChains == 2) dot[r][b][1] = ZeroI();
+        for (int chain = 1; chain < kChains; ++chain) dot[r][b][chain] = ZeroI();
       }
     }
     Codes::template ForEachQuad<kBlocks>(
         header + header_bytes, block_bytes, {0, quads, quads},
-        [&](const Bytes* quad, auto parity) __attribute__((always_inline)) {
+        [&](const Bytes* quad, auto place) __attribute__((always_inline)) {
           Bytes bytes[kBlocks];
 #pragma GCC unroll 4
           for (int b = 0; b < kBlocks; ++b) bytes[b] = coding.ToBytes(quad[b]);
@@ -107,7 +109,7 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
             const int32_t four = LoadFour(a[r] + k);
 #pragma GCC unroll 4
             for (int b = 0; b < kBlocks; ++b) {
-              I* sum = &dot[r][b][decltype(parity)::value * (kChains - 1)];
+              I* sum = &dot[r][b][decltype(place)::value % kChains];
               *sum = DotAccumulate<Codes::kByteBits>(*sum, bytes[b], four);
             }
           }
@@ -120,7 +122,7 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         I exact = dot[r][b][0];
-        if constexpr (kChains == 2) exact = exact + dot[r][b][1];
+        for (int chain = 1; chain < kChains; ++chain) exact = exact + dot[r][b][chain];
         const F scale = weight_scale * Set1(scales[r][g * scale_step]);
         total[r][b] = Fma(ToFloat(exact), scale, total[r][b]);
       }

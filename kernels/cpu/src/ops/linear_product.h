@@ -5,6 +5,7 @@
 #ifndef QCOMPILE_CPU_OPS_LINEAR_PRODUCT_H_
 #define QCOMPILE_CPU_OPS_LINEAR_PRODUCT_H_
 
+#include "huge_pages.h"
 #include "packed_weight.h"
 
 namespace qcompile::cpu {
@@ -38,6 +39,14 @@ struct LinearLayer {
   const float* residual;  // [rows, n] or null
   float* y;               // [rows, n]
 };
+
+// A weight that every call reads from end to end.
+inline const uint8_t* StreamedWeight(const Tensor<const uint8_t>& weight,
+                                     const PackedLayout& layout, const HugePages& pages) {
+  const uint8_t* data = CheckedWeight(weight, layout);
+  pages.Want(data, static_cast<size_t>(layout.total_bytes()));
+  return data;
+}
 
 class LinearProduct {
  public:

@@ -33,13 +33,14 @@ class QLinear : public Operator {
     input.x = x.data;
     input.rows = x.shape.Count() / layout_.k;
     input.grid = ReadGrid(context, kGrid, format_);
-    const LinearLayer layer = {&layout_, CheckedWeight(weight, layout_), bias.data, residual.data,
-                               context.Output(0, shape).data};
+    const LinearLayer layer = {&layout_, StreamedWeight(weight, layout_, pages_), bias.data,
+                               residual.data, context.Output(0, shape).data};
     LinearProduct(context, kernels_, format_).Run(input, &layer, 1);
   }
 
  private:
   const PackedLayout layout_;
+  const HugePages pages_;
   const ActivationFormat format_;
   const KernelTable& kernels_;
 };

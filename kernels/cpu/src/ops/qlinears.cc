@@ -46,14 +46,14 @@ class SharedInput {
     return {x.data, x.shape.Count() / k, normed_, norm_weight.data, epsilon_, grid};
   }
 
-  static LinearLayer ReadLayer(const Context& context, size_t index, const PackedLayout& layout) {
+  LinearLayer ReadLayer(const Context& context, size_t index, const PackedLayout& layout) const {
     const size_t at = kFirstWeight + kInputsPerLayer * index;
     const auto weight = context.Input<uint8_t>(at);
     const auto bias = context.Input<float>(at + 1);
     Require(bool{weight}, "weight ", static_cast<int64_t>(index), " is missing");
     Require(!bias || (bias.shape.rank == 1 && bias.shape[0] == layout.n), "bias has shape ",
             bias.shape, " instead of [", layout.n, "]");
-    return {&layout, CheckedWeight(weight, layout), bias.data, nullptr, nullptr};
+    return {&layout, StreamedWeight(weight, layout, pages_[index]), bias.data, nullptr, nullptr};
   }
 
   LinearProduct Product(const Context& context) const {
@@ -61,6 +61,7 @@ class SharedInput {
   }
 
  private:
+  std::array<HugePages, kMostLayers> pages_;
   const ActivationFormat format_;
   const bool normed_;
   const float epsilon_;
@@ -86,7 +87,7 @@ class QLinears : public Operator {
     std::array<LinearLayer, kMostLayers> layers;
     for (int64_t i = 0; i < count_; ++i) {
       const auto index = static_cast<size_t>(i);
-      layers[index] = SharedInput::ReadLayer(context, index, layouts_[index]);
+      layers[index] = input_.ReadLayer(context, index, layouts_[index]);
       shape.dims[shape.rank - 1] = layouts_[index].n;
       layers[index].y = context.Output(index, shape).data;
       Require(layers[index].y != nullptr, "output ", i, " is missing");
@@ -113,8 +114,8 @@ class QGatedLinear : public Operator {
   void Compute(const Context& context) const override {
     Shape shape;
     const LinearInput input = input_.Read(context, layout_.k, 2, &shape);
-    const LinearLayer gate = SharedInput::ReadLayer(context, 0, layout_);
-    LinearLayer up = SharedInput::ReadLayer(context, 1, layout_);
+    const LinearLayer gate = input_.ReadLayer(context, 0, layout_);
+    LinearLayer up = input_.ReadLayer(context, 1, layout_);
     shape.dims[shape.rank - 1] = layout_.n;
     up.y = context.Output(0, shape).data;
     input_.Product(context).RunGated(input, gate, up, kind_);
