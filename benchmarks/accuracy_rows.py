@@ -120,7 +120,7 @@ ROWS: Final[Mapping[str, Row]] = {
         scale_search="mse",
     ),
     "slim": weights(
-        {"w3-g64": "int3-g64-asym", "w2-g64": "int2-g64-asym"}, method="slim", scale_search="mse"
+        {"w3-g64": "int3-g64-asym", "w2-g64": "int2-g64-asym"}, **{**_GPTQ, "method": "slim"}
     ),
 }
 """Every row by name. What a paper compares is in one setting; bits are counted in each row."""

@@ -93,3 +93,13 @@ def test_format_without_bits_to_move_is_refused(format):
     weight, inputs = problem(UNEVEN)
     with pytest.raises(RecipeError, match="method 'slim' moves bits between groups of integers"):
         Slim().quantize(task(weight, inputs, format))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("act_order", [False, True])
+def test_no_weight_fares_worse_than_with_gptq(seed, act_order):
+    weight, inputs = problem([1.0, 1.3, 0.8, 1.5, 0.7, 1.0, 1.2, 0.9], seed=seed)
+    options = {"act_order": act_order}
+    found = [m(**options).quantize(task(weight, inputs, "int2-g16-asym")) for m in (Slim, Gptq)]
+    mixed, plain = (inputs.relative_error(weight, o.weight.format.decode(o.weight)) for o in found)
+    assert mixed <= plain
