@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -56,8 +56,8 @@ class Allocation:
 
 
 def allocate(
-    weights: Mapping[str, Tensor],
     slopes: Mapping[str, float],
+    read: Callable[[str], Tensor],
     candidates: Sequence[Format],
     budget: float,
     *,
@@ -66,8 +66,8 @@ def allocate(
     """The formats of least predicted divergence within a budget.
 
     Args:
-        weights: By name.
-        slopes: Divergence per squared relative error, by name.
+        slopes: Divergence per squared relative error of each weight, by name.
+        read: A weight by its name; one at a time is held.
         candidates: Any formats.
         budget: Bits for all weights together.
         scale_search: How scales will be chosen.
@@ -75,14 +75,13 @@ def allocate(
     Raises:
         RecipeError: The smallest candidates take more.
     """
-    names = list(weights)
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    costs = [[c.stored_bits(shapes[name]) for c in candidates] for name in names]
-    losses = [
-        [slopes[name] * squared_error(weights[name], c, scale_search, name) for c in candidates]
-        for name in names
-    ]
-    total = sum(math.prod(shape) for shape in shapes.values())
+    costs, losses, total = [], [], 0
+    for name, slope in slopes.items():
+        weight = read(name)
+        total += weight.numel()
+        costs.append([c.stored_bits(tuple(weight.shape)) for c in candidates])
+        errors = (squared_error(weight, c, scale_search, name) for c in candidates)
+        losses.append([slope * error for error in errors])
     try:
         chosen = choose(costs, losses, math.floor(budget))
     except ValueError as error:
@@ -92,7 +91,7 @@ def allocate(
             f"{least / total:.3f} ({', '.join(map(str, candidates))})",
             remedy="raise the budget, or name candidates of fewer bits",
         ) from error
-    picked = list(zip(names, chosen, costs, losses, strict=True))
+    picked = list(zip(slopes, chosen, costs, losses, strict=True))
     share = {name: loss[index] for name, index, _, loss in picked}
     return Allocation(
         {name: candidates[index] for name, index, _, _ in picked},
@@ -188,14 +187,14 @@ class QuantizeToBudget(Pass):
         found, probe = measure_sensitivities(
             program, names, context.calibration, SENSITIVITY_TOKENS, context.progress
         )
+        probe.release()
         allocation = allocate(
-            {name: program.weights.materialize(name, torch.float32) for name in names},
             found.slopes,
+            lambda name: program.weights.materialize(name, torch.float32),
             self._candidates,
             self._budget.total(program, names, self._policy),
             scale_search=self._scale_search,
         )
-        probe.release()
         chosen = as_overrides(allocation.formats)
         result = self._quantize(overrides=[*chosen, *self._overrides]).run(program, context)
         program.notes += (self._note(allocation, found, probe.change_to(program)),)

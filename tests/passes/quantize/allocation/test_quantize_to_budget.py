@@ -144,7 +144,7 @@ def test_allocation_gives_more_bits_to_what_is_more_sensitive() -> None:
     weights = {name: torch.randn(16, 64) for name in "abc"}
     formats = [parse_format(name) for name in CANDIDATES]
     slopes = {"a": 1.0, "b": 30.0, "c": 1000.0}
-    found = allocate(weights, slopes, formats, 4.0 * 3 * 16 * 64)
+    found = allocate(slopes, weights.__getitem__, formats, 4.0 * 3 * 16 * 64)
     widths = [found.formats[name].bits_per_weight((16, 64)) for name in "abc"]
     assert widths == sorted(widths)
     assert widths[0] < widths[-1]
