@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from qcompile.errors import RecipeError
 from qcompile.formats import SparseFormat
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
+from qcompile.passes.quantize.methods.parts import undivided
+from qcompile.passes.quantize.methods.rtn import Rtn
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,10 @@ class Adpq(Method):
     """
 
     def quantize(self, task: Task) -> Outcome:
-        """Divides, then rounds.
-
-        Raises:
-            RecipeError: The format has no floats beside its codes.
-        """
+        """Divides, then rounds. Only rounds where the format has no floats beside its codes."""
         format = task.format
         if not isinstance(format, SparseFormat):
-            raise RecipeError(
-                f"method 'adpq' stores some weights apart, and '{task.name}' is to be {format} "
-                "throughout",
-                remedy=f"say how many, such as {format}/1%fp16",
-            )
+            return undivided(Rtn().quantize(task), format)
         size = task.weight.abs()
         first_to_go = size.sort(dim=-1, descending=True).values[:, format.count(size.shape[1]) :]
         penalty = first_to_go[:, :1].square()

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.errors import RecipeError
 from qcompile.formats import SparseFormat, SplitFormat
 from qcompile.kernels.quantize.groups import split_groups
 from qcompile.passes.quantize.methods.base import Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
-from qcompile.passes.quantize.methods.parts import sweep_parts
+from qcompile.passes.quantize.methods.parts import sweep_parts, undivided
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class Mixed(Gptq):
     def quantize(self, task: Task) -> Outcome:
         """Chooses blocks and floats, then sweeps; see `sweep_parts`.
 
-        Raises:
-            RecipeError: The format is the same for all weights.
+        A format that is the same for all weights is left to `Gptq`.
         """
         format = task.format
         base = format.base if isinstance(format, SparseFormat) else format
@@ -47,11 +45,7 @@ class Mixed(Gptq):
             return sweep_parts(task, format, columns, self, index=index)
         if isinstance(format, SplitFormat):
             return sweep_parts(task, format, columns, self)
-        raise RecipeError(
-            f"method 'mixed' gives weights different bits, and '{task.name}' is to be {format} "
-            "throughout",
-            remedy=f"write which, such as {format}+10%int4/1%fp16",
-        )
+        return undivided(super().quantize(task), format)
 
     def _costs(self, task: Task, block: int) -> Tensor:
         """What rounding a column costs for each bit less, up to a factor, [K]."""

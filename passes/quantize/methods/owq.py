@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.formats import SplitFormat
 from qcompile.passes.quantize.methods.base import Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
-from qcompile.passes.quantize.methods.parts import split_format, sweep_parts
+from qcompile.passes.quantize.methods.parts import sweep_parts, undivided
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,10 @@ class Owq(Gptq):
     """
 
     def quantize(self, task: Task) -> Outcome:
-        """Finds weak columns, then sweeps; see `sweep_parts`.
-
-        Raises:
-            RecipeError: The format has no parts.
-        """
-        format = split_format(task, "owq")
+        """Finds weak columns, then sweeps; see `sweep_parts`. As `Gptq` if there are no parts."""
+        format = task.format
+        if not isinstance(format, SplitFormat):
+            return undivided(super().quantize(task), format)
         rounded = format.base.encode(task.weight, scale_search=task.scale_search, name=task.name)
         errors = (format.base.decode(rounded) - task.weight).square().sum(0)
         return sweep_parts(task, format, format.divide(task.seen.importance * errors), self)

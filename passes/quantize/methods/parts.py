@@ -74,19 +74,12 @@ def sweep_parts(
     return Outcome(whole, found.notes)
 
 
-def split_format(task: Task, method: str) -> SplitFormat:
-    """The format of a task whose method divides columns.
+def undivided(outcome: Outcome, format: Format) -> Outcome:
+    """An outcome of a method that divides weights, where the format leaves nothing to divide.
 
-    Raises:
-        RecipeError: It has no parts.
+    Recipes give some layers a format of their own, so that is no mistake; a note says so.
     """
-    if not isinstance(task.format, SplitFormat):
-        raise RecipeError(
-            f"method '{method}' divides columns, and '{task.name}' is to be {task.format} "
-            "throughout",
-            remedy=f"say what some columns become, such as {task.format}+1%fp16",
-        )
-    return task.format
+    return replace(outcome, notes=(*outcome.notes, f"nothing to divide in {format}"))
 
 
 class PartRounder(Rounder, Protocol):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qcompile.formats import SplitFormat
 from qcompile.passes.quantize.methods.base import Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
-from qcompile.passes.quantize.methods.parts import split_format, sweep_parts
+from qcompile.passes.quantize.methods.parts import sweep_parts, undivided
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,8 @@ class Quik(Gptq):
     """
 
     def quantize(self, task: Task) -> Outcome:
-        """Finds outliers, then sweeps; see `sweep_parts`.
-
-        Raises:
-            RecipeError: The format has no parts.
-        """
-        format = split_format(task, "quik")
+        """Finds outliers, then sweeps; see `sweep_parts`. As `Gptq` where there are no parts."""
+        format = task.format
+        if not isinstance(format, SplitFormat):
+            return undivided(super().quantize(task), format)
         return sweep_parts(task, format, format.divide(task.seen.hessian.peak), self)

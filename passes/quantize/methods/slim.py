@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qcompile.errors import RecipeError
 from qcompile.formats import IntegerFormat, LookupFormat, ScalarFormat, SplitFormat
 from qcompile.formats.scales import FloatScale
 from qcompile.formats.split import Part
@@ -15,7 +14,7 @@ from qcompile.kernels.lookup.levels import spell_levels
 from qcompile.kernels.quantize.groups import split_groups
 from qcompile.passes.quantize.methods.base import Outcome, Task
 from qcompile.passes.quantize.methods.gptq import Gptq
-from qcompile.passes.quantize.methods.parts import sweep_parts
+from qcompile.passes.quantize.methods.parts import sweep_parts, undivided
 
 _BITS = range(2, 8)
 _BINARY = spell_levels([-1.0, 1.0])
@@ -48,16 +47,11 @@ class Slim(Gptq):
     def quantize(self, task: Task) -> Outcome:
         """Chooses the groups, then sweeps; see `sweep_parts`.
 
-        Raises:
-            RecipeError: The format is no integer format with groups, of 2 to 7 bits.
+        Formats other than integers of 2 to 7 bits in groups are left to `Gptq`.
         """
         base = task.format
         if not isinstance(base, IntegerFormat) or not base.group_size or base.bits not in _BITS:
-            raise RecipeError(
-                f"method 'slim' moves bits between groups of integers, and '{task.name}' is to be "
-                f"{base}",
-                remedy="use 2 to 7 bits and groups, such as int2-g64-asym",
-            )
+            return undivided(super().quantize(task), base)
         pivots = self._pivots(task)
         salience = task.weight.square().sum(0) * pivots
         outcomes = [super().quantize(task)]

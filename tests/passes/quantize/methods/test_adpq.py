@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from qcompile.errors import RecipeError
 from qcompile.formats import parse_format, relative_error, rtn
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.adpq import Adpq, adaptive_lasso
@@ -55,7 +54,9 @@ def test_row_of_one_size_is_stored_as_it_is():
     torch.testing.assert_close(found.format.decode(found), weight, rtol=2**-10, atol=0)
 
 
-def test_format_without_floats_is_refused_with_what_to_write():
-    with pytest.raises(RecipeError, match="'w' is to be int4 throughout") as raised:
-        Adpq().quantize(task(torch.ones(2, 32), "int4"))
-    assert "int4/1%fp16" in raised.value.remedy
+def test_format_without_floats_is_rounded_to_nearest():
+    weight = heavy_tailed()
+    found = Adpq().quantize(task(weight, "int4-g32"))
+    plain = parse_format("int4-g32").encode(weight)
+    assert torch.equal(found.weight.tensors["codes"], plain.tensors["codes"])
+    assert found.notes == ("nothing to divide in int4-g32",)

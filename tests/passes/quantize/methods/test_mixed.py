@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qcompile.calibration.statistics import Hessian
-from qcompile.errors import RecipeError
 from qcompile.formats import parse_format
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
@@ -76,7 +75,9 @@ def test_all_is_counted_and_below_three_bits():
     assert format.bits_per_weight((4096, 4096)) == pytest.approx(2.84, abs=0.01)
 
 
-def test_one_format_for_all_weights_is_refused():
+def test_one_format_for_all_weights_is_left_to_gptq():
     weight, inputs = problem()
-    with pytest.raises(RecipeError, match="'w' is to be int2-g16 throughout"):
-        Mixed().quantize(task(weight, inputs, "int2-g16"))
+    found = Mixed().quantize(task(weight, inputs, "int2-g16"))
+    plain = Gptq().quantize(task(weight, inputs, "int2-g16"))
+    assert torch.equal(found.weight.tensors["codes"], plain.weight.tensors["codes"])
+    assert found.notes == ("nothing to divide in int2-g16",)

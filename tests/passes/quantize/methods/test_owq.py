@@ -6,7 +6,7 @@ import torch
 from qcompile.calibration.statistics import Hessian
 from qcompile.errors import RecipeError
 from qcompile.formats import parse_format
-from qcompile.passes.quantize.methods import Task, make_method
+from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hessian import Inputs
 from qcompile.passes.quantize.methods.owq import Owq
@@ -85,10 +85,15 @@ def test_parts_of_one_format_are_what_gptq_makes_of_the_whole(options):
     assert torch.equal(split.decode(joined), plain.format.decode(plain))
 
 
-def test_format_without_parts_is_refused_with_what_to_write():
+def test_format_without_parts_is_left_to_gptq():
     weight, inputs = problem()
-    with pytest.raises(RecipeError, match=r"'w' is to be int4 throughout") as raised:
-        Owq().quantize(task(weight, inputs, "int4"))
-    assert "int4+1%fp16" in raised.value.remedy
-    with pytest.raises(RecipeError, match="method 'owq' has no option 'acts'"):
-        make_method("owq", {"acts": True})
+    found = Owq().quantize(task(weight, inputs, "int4-g16"))
+    plain = Gptq().quantize(task(weight, inputs, "int4-g16"))
+    assert torch.equal(found.weight.tensors["codes"], plain.weight.tensors["codes"])
+    assert found.notes == ("nothing to divide in int4-g16",)
+
+
+def test_part_without_codes_of_its_own_is_refused():
+    weight, inputs = problem()
+    with pytest.raises(RecipeError, match="'w' does not store one code per weight"):
+        Owq().quantize(task(weight, inputs, "higgs2x16-g20-unturned+3xfp16"))

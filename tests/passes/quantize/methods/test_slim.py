@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qcompile.calibration.statistics import Hessian
-from qcompile.errors import RecipeError
 from qcompile.formats import IntegerFormat, LookupFormat, SplitFormat, parse_format
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
@@ -89,10 +88,12 @@ def test_last_group_that_is_short_keeps_its_bits():
 
 
 @pytest.mark.parametrize("format", ["int2", "int8-g16", "nf4-g16"])
-def test_format_without_bits_to_move_is_refused(format):
+def test_format_without_bits_to_move_is_left_to_gptq(format):
     weight, inputs = problem(UNEVEN)
-    with pytest.raises(RecipeError, match="method 'slim' moves bits between groups of integers"):
-        Slim().quantize(task(weight, inputs, format))
+    outcome = Slim().quantize(task(weight, inputs, format))
+    plain = Gptq().quantize(task(weight, inputs, format))
+    assert torch.equal(outcome.weight.tensors["codes"], plain.weight.tensors["codes"])
+    assert outcome.notes == (f"nothing to divide in {format}",)
 
 
 @pytest.mark.parametrize("seed", range(4))
