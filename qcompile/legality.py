@@ -19,6 +19,7 @@ from qcompile.folding import fold_names
 from qcompile.formats import (
     Format,
     IntegerFormat,
+    IntegerScaleFormat,
     LookupFormat,
     ScalarFormat,
     SparseFormat,
@@ -237,6 +238,8 @@ def _near(format: Format) -> Iterator[Format]:
         yield from (replace(format, group_size=size) for size in _near_groups(format.group_size))
         width = code_bits(format.table)
         format = IntegerFormat(max(width, 2), format.group_size)
+    if isinstance(format, IntegerScaleFormat):
+        format = IntegerFormat(format.bits, format.group_size, format.symmetric)
     if isinstance(format, IntegerFormat):
         scales = dict.fromkeys((format.scale_dtype, IntegerFormat(8).scale_dtype))
         for bits in (*range(format.bits, 9), *range(format.bits - 1, 0, -1)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from qcompile.formats import Format, IntegerFormat, LookupFormat, VectorFormat
+from qcompile.formats import Format, IntegerFormat, IntegerScaleFormat, LookupFormat, VectorFormat
 from qcompile.formats.scales import FloatScale
 from qcompile.kernels.cpu.layout import SCALE_DTYPES, Coding, ScaleDtype, WeightLayout
 from qcompile.kernels.lookup.levels import code_bits
@@ -14,7 +14,7 @@ _GROUP_UNIT = 16
 
 def unpackable_reason(format: Format) -> str | None:
     """Why the kernels cannot read weights of a format, one clause; None if they can."""
-    if not isinstance(format, IntegerFormat | LookupFormat):
+    if not isinstance(format, IntegerFormat | IntegerScaleFormat | LookupFormat):
         return f"the cpu kernels have no {format}"
     if format.group_size % _GROUP_UNIT:
         return f"the cpu kernels read groups of a multiple of {_GROUP_UNIT}"
@@ -33,6 +33,9 @@ def layout_of(format: Format) -> WeightLayout:
         return WeightLayout(
             format.bits, format.group_size, not format.symmetric, scale_dtype, "integer"
         )
+    if isinstance(format, IntegerScaleFormat):
+        zeros = not format.symmetric
+        return WeightLayout(format.bits, format.group_size, zeros, "uint8", "integer")
     assert isinstance(format, LookupFormat)
     scales = format.scales
     name = str(scales.dtype) if isinstance(scales, FloatScale) else scales.name

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from qcompile.backends.onnx.emitter import OnnxGraph
 from qcompile.backends.onnx.stored_levels import element_bits
 from qcompile.folding import fold_names
-from qcompile.formats import IntegerFormat, LookupFormat, stored_weight
+from qcompile.formats import IntegerFormat, IntegerScaleFormat, LookupFormat, stored_weight
 from qcompile.formats.base import Format
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
@@ -52,7 +52,7 @@ def _widths(format: Format) -> tuple[int, int]:
     """Bits of a code, and of the element of a matrix that stands for it."""
     if isinstance(format, LookupFormat):
         return code_bits(format.table), element_bits(format.table)
-    assert isinstance(format, IntegerFormat)
+    assert isinstance(format, IntegerFormat | IntegerScaleFormat)
     return format.bits, 4 if format.bits <= 4 else 8
 
 

@@ -110,11 +110,10 @@ def _embedding(b: Builder, table: ir.Value, ids: ir.Value, *rest: Any, **named: 
         return float_embedding(b, table, ids, *rest, **named)
     packed = b.op("Gather", row_codes(b, stored), ids, axis=0)
     codes = unpack_rows(b, packed, stored.shape[1], stored.row_container)
-    scale, zero_point = (
-        None if name is None else b.op("Gather", b.weight(name), ids, axis=0)
-        for name in (stored.scale, stored.zero_point)
-    )
-    assert scale is not None
+    scale = b.op("Gather", b.emitted[stored.scale], ids, axis=0)
+    zero_point = None
+    if stored.zero_point is not None:
+        zero_point = b.op("Gather", b.weight(stored.zero_point), ids, axis=0)
     return standard.decode(
         b,
         codes,

@@ -22,7 +22,7 @@ from qcompile.backends.onnx.dialect_experts import (
 from qcompile.backends.onnx.stored import Placement, StoredCodes, decoded_codes
 from qcompile.backends.onnx.stored_levels import decoded_matrix
 from qcompile.backends.onnx.translation import Table
-from qcompile.formats import IntegerFormat, StoredWeight, stored_weight
+from qcompile.formats import IntegerFormat, IntegerScaleFormat, StoredWeight, stored_weight
 from qcompile.ir import dialect
 from qcompile.kernels.quantize.groups import group_count
 
@@ -73,6 +73,6 @@ def _rows(b: Builder, weight: StoredWeight) -> ir.Value:
 
 
 def _decoded(b: Builder, weight: StoredWeight, placement: Placement) -> ir.Value:
-    if isinstance(weight.format, IntegerFormat):
+    if isinstance(weight.format, IntegerFormat | IntegerScaleFormat):
         return decoded_codes(b, StoredCodes.of(weight, placement))
     return decoded_matrix(b, weight, placement)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.values import Packed
-from qcompile.formats import IntegerFormat, StoredWeight, stored_weight
+from qcompile.formats import IntegerFormat, IntegerScaleFormat, StoredWeight, stored_weight
 from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.quantize.groups import group_count
 
@@ -24,6 +24,10 @@ Arrange = Callable[[Tensor], Tensor]
 
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
 _ROW_CONTAINERS = (1, 2, 4, 8)
+
+
+MATRIX = (1, 0)
+"""The axes of a matrix ``[N, K]`` as ``[K, N]`` has them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Placement:
         """That of a matrix ``[N, K]`` by itself: turned."""
         n, k = weight.shape
         size = weight.format.group_size
-        return Placement((1, 0), (n, k), size if size < k else 0, group_count(k, size))
+        return Placement(MATRIX, (n, k), size if size < k else 0, group_count(k, size))
 
     def turned(self, stored: Tensor) -> Tensor:
         """Codes, scales or zero points as ``[K, N]`` or ``[G, N]``."""
@@ -61,25 +65,23 @@ class StoredCodes:
 
     Attributes:
         codes: Name of the codes, ``[..., K]`` uint8, in the program's store.
-        scale: Name of the scales, ``[..., G]``.
+        scale: The scales, ``[..., G]``: stored, or computed from what is.
         zero_point: Name of the zero points, ``[..., G]`` uint8; None: ``2^(bits-1)`` everywhere.
         bits: Width of a code.
-        scale_dtype: Of the stored scales.
         placement: The matrix that it stands for.
     """
 
     codes: str
-    scale: str
+    scale: fx.Node
     zero_point: str | None
     bits: int
-    scale_dtype: torch.dtype
     placement: Placement
 
     @classmethod
     def behind(cls, node: object) -> StoredCodes | None:
         """What a node decodes; None if it does anything else, or not to a matrix."""
         weight = stored_weight(node)
-        if weight is None or not isinstance(weight.format, IntegerFormat):
+        if weight is None or not isinstance(weight.format, IntegerFormat | IntegerScaleFormat):
             return None
         return cls.of(weight, Placement.of(weight)) if len(weight.shape) == 2 else None
 
@@ -87,14 +89,15 @@ class StoredCodes:
     def of(cls, weight: StoredWeight, placement: Placement) -> StoredCodes:
         """A weight of integers as a matrix."""
         format, tensors = weight.format, weight.tensors
-        assert isinstance(format, IntegerFormat)
+        assert isinstance(format, IntegerFormat | IntegerScaleFormat)
+        scale = weight.value.args[1]
+        assert isinstance(scale, fx.Node)
         zero_point = tensors.get("zero_point")
         return cls(
             str(tensors["codes"].target),
-            str(tensors["scale"].target),
+            scale,
             None if zero_point is None else str(zero_point.target),
             format.bits,
-            format.scale_dtype,
             placement,
         )
 
@@ -164,10 +167,23 @@ def byte_codes(b: Builder, stored: StoredCodes) -> ir.Value:
 
 def matrix_scale(b: Builder, stored: StoredCodes) -> ir.Value:
     """The scales as float32: ``[G, N]``, or ``[N]`` where there is one per column."""
+    if stored.scale.op != "get_attr":
+        return computed_scale(b, stored.scale, stored.placement)
     shape, arrange = _by_column(stored)
-    spec = TensorSpec(shape, stored.scale_dtype)
+    spec = TensorSpec(shape, stored.scale.meta["val"].dtype)
     # Stored as they are: run times fold the cast of a constant when they load the model.
-    return b.cast(b.arranged_weight(stored.scale, "matrix", spec, arrange), _FLOAT)
+    return b.cast(b.arranged_weight(str(stored.scale.target), "matrix", spec, arrange), _FLOAT)
+
+
+def computed_scale(b: Builder, node: fx.Node, placement: Placement) -> ir.Value:
+    """What a node of the program gives as `matrix_scale` does; run times fold it."""
+    scale = b.cast(b.emitted[node], _FLOAT)
+    if placement.groups == 1:
+        return b.op("Reshape", scale, [-1])
+    scale = b.op("Transpose", scale, perm=list(placement.order))
+    if placement.order == MATRIX:
+        return scale
+    return b.op("Reshape", scale, [placement.groups, placement.shape[0]])
 
 
 def matrix_zero_point(b: Builder, stored: StoredCodes, container: int) -> ir.Value | None:

@@ -21,6 +21,7 @@ from qcompile.backends.onnx.dialect_float8 import FLOAT8_TYPES
 from qcompile.backends.onnx.dialect_lookup import look_up
 from qcompile.backends.onnx.stored import (
     Placement,
+    computed_scale,
     pack_nibbles,
     pack_rows,
     row_bytes,
@@ -94,7 +95,7 @@ def decoded_matrix(
     assert isinstance(format, LookupFormat)
     placement = placement or Placement.of(weight)
     elements = elements_of(format.table)
-    scale = _scale_by_column(b, weight, placement)
+    scale = computed_scale(b, _scale_node(weight), placement)
     if elements is None:
         return _looked_up_matrix(b, weight, format, scale, placement)
     if elements.factor != 1:
@@ -163,17 +164,6 @@ def _looked_up_matrix(
         places = b.constant([row // placement.group_size for row in range(k)], ir.DataType.INT64)
         scale = b.op("Gather", scale, places, axis=0)
     return b.op("Mul", look_up(b, codes, format.table), scale)
-
-
-def _scale_by_column(b: Builder, weight: StoredWeight, placement: Placement) -> ir.Value:
-    """The scales as float32: ``[G, N]``, or ``[N]`` where there is one per column."""
-    scale = b.cast(b.emitted[_scale_node(weight)], _FLOAT)
-    if placement.groups == 1:
-        return b.op("Reshape", scale, [-1])
-    scale = b.op("Transpose", scale, perm=list(placement.order))
-    if len(placement.order) == 2:
-        return scale
-    return b.op("Reshape", scale, [placement.groups, placement.shape[0]])
 
 
 def _codes(weight: StoredWeight) -> str:

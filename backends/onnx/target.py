@@ -13,6 +13,7 @@ from qcompile.backends.onnx.signature import signature_of
 from qcompile.errors import TargetError
 from qcompile.formats.base import Format
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.integer_scale import IntegerScaleFormat
 from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.vector import VectorFormat
 from qcompile.ir.program import Program
@@ -118,5 +119,5 @@ def _weight_reason(format: Format) -> str | None:
 
 
 def _format_reason(format: Format) -> str | None:
-    known = isinstance(format, (IntegerFormat, LookupFormat))
+    known = isinstance(format, (IntegerFormat, IntegerScaleFormat, LookupFormat))
     return None if known else f"standard ONNX has no {format}"

@@ -3,6 +3,7 @@
 from qcompile.formats.base import Format, QuantizedWeight, ScalarFormat, StoredWeight
 from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.integer_scale import IntegerScaleFormat
 from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.registry import parse_format
 from qcompile.formats.rtn import Rounded, relative_error, rtn
@@ -16,6 +17,7 @@ __all__ = [
     "Grid",
     "GroupParameters",
     "IntegerFormat",
+    "IntegerScaleFormat",
     "LookupFormat",
     "QuantizedWeight",
     "Rounded",

@@ -128,7 +128,8 @@ class IntegerFormat(ScalarFormat):
         codes, scale, zero_point, bits, group_size = node.args
         if not isinstance(codes, fx.Node) or codes.op != "get_attr":
             return None  # of activations
-        assert isinstance(scale, fx.Node)
+        if not isinstance(scale, fx.Node) or scale.op != "get_attr":
+            return None
         assert isinstance(bits, int)
         assert isinstance(group_size, int)
         tensors = {"codes": codes, "scale": scale}

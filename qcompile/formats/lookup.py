@@ -12,7 +12,14 @@ from torch import Tensor, fx
 from qcompile.errors import RecipeError
 from qcompile.formats.base import QuantizedWeight, ScalarFormat, StoredWeight
 from qcompile.formats.lookup_grid import LookupGrid
-from qcompile.formats.scales import E4M3, E8M0, SCALE_STORAGES, ScaleStorage, recognize_scale
+from qcompile.formats.scales import (
+    E4M3,
+    E8M0,
+    SCALE_STORAGES,
+    BoundScales,
+    ScaleStorage,
+    recognize_scale,
+)
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
@@ -73,7 +80,7 @@ class LookupFormat(ScalarFormat):
     @property
     def grid(self) -> LookupGrid:
         """The arithmetic of this format, for algorithms that choose codes themselves."""
-        return LookupGrid(self.table, self.group_size, self.scales)
+        return LookupGrid(self.table, self.group_size, BoundScales(self.scales))
 
     @property
     def levels(self) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch, require_finite
 from qcompile.formats.nearest_level import NearestLevel, nearest_level, take
-from qcompile.formats.scales import ScaleStorage
+from qcompile.formats.scales import BoundScales
 from qcompile.kernels.lookup.levels import levels
 from qcompile.kernels.quantize.groups import split_groups
 
@@ -29,15 +29,12 @@ class LookupGrid(Grid):
     Attributes:
         table: Name or numbers of the levels.
         group_size: Weights per scale.
-        scales: How scales are stored.
-        outer: The outer scales of the weight that the grid is bound to, if it has any; one for all
-            rows, or one for each.
+        scales: How scales are stored, with the outer ones of the weight that the grid is bound to.
     """
 
     table: str
     group_size: int
-    scales: ScaleStorage
-    outer: Tensor | None = None
+    scales: BoundScales
 
     def bind(self, weight: Tensor, name: str = "weight") -> LookupGrid:
         """With outer scales chosen; see `Grid.bind`.
@@ -45,18 +42,16 @@ class LookupGrid(Grid):
         Raises:
             ModelError: The weight is not finite.
         """
-        if self.scales.outer_scales == "none":
+        if not self.scales.needs_outer:
             return self
         rows = weight.reshape(-1, weight.shape[-1]).to(torch.float32)
         require_finite(rows, name)
         ideal = self._covering(split_groups(rows, self.group_size)).squeeze(-1)
-        return replace(self, outer=self.scales.outer(ideal))
+        return replace(self, scales=self.scales.bind(ideal))
 
     def rows(self, start: int, stop: int) -> LookupGrid:
         """The bound grid of a range of rows."""
-        if self.outer is None or self.outer.shape[0] == 1:
-            return self
-        return replace(self, outer=self.outer[start:stop])
+        return replace(self, scales=self.scales.rows(start, stop))
 
     def candidates(
         self, groups: Tensor, search: ScaleSearch, name: str
@@ -78,13 +73,8 @@ class LookupGrid(Grid):
             ModelError: A scale is too large for its type.
         """
         covering = self._covering(groups)
-        outer = self.outer
-        if self.scales.outer_scales != "none":
-            if outer is None:
-                raise ValueError("outer scales are those of a weight: bind the grid to it first")
-            outer = outer.reshape(-1, *(1,) * (covering.ndim - 1))
         for factor in factors:
-            for scale in self.scales.storable(covering * factor, outer, name):
+            for scale in self.scales.storable(covering * factor, name):
                 yield GroupParameters(scale)
 
     def nearest(self, values: Tensor, parameters: GroupParameters) -> Tensor:
@@ -102,13 +92,7 @@ class LookupGrid(Grid):
 
     def store(self, codes: Tensor, parameters: GroupParameters) -> dict[str, Tensor]:
         """``codes`` and the tensors of the scales."""
-        scale, outer = parameters.scale, self.outer
-        if outer is not None:
-            per_row = outer.shape[0] > 1
-            outer = (
-                outer.reshape(*scale.shape[:-1], 1) if per_row else outer.reshape((1,) * scale.ndim)
-            )
-        return {"codes": codes, **self.scales.store(scale, outer)}
+        return {"codes": codes, **self.scales.store(parameters.scale)}
 
     def _covering(self, groups: Tensor) -> Tensor:
         """The least scale whose levels reach from the least to the largest weight, [..., 1]."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 
+import torch
+
 from qcompile.errors import RecipeError
 from qcompile.formats.base import Format
 from qcompile.formats.dense import DenseFormat
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.integer_scale import INTEGER_SCALES, IntegerScaleFormat
 from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
 from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
 from qcompile.formats.sparse import SparseFormat
@@ -37,7 +40,8 @@ def parse_format(text: str) -> Format:
     - ``mxfp4``, ``mxfp6``, ``mxfp8``, ``nvfp4``: tables with groups and scales as standards say.
 
     All but the last take ``-g<group size>`` (else one scale per row) and the type of the scales:
-    ``-fp16``, ``-bf16``, ``-fp32``; tables also ``-e8m0`` (powers of two), ``-e4m3`` (8-bit floats
+    ``-fp16``, ``-bf16``, ``-fp32``; integers also ``-intscale`` (8-bit whole numbers and one
+    float32 per row); tables also ``-e8m0`` (powers of two), ``-e4m3`` (8-bit floats
     and one float32 per weight) and ``-dq`` (8-bit numbers and one float32 per row). What follows
     the first part may come in any order.
 
@@ -64,9 +68,10 @@ def parse_format(text: str) -> Format:
     family = match["family"].replace(" ", "")
     options = match["options"].split("-") if match["options"] is not None else []
     if (integer := _INTEGER.fullmatch(family)) is not None:
-        chosen = _Options(text, options, (*SCALE_DTYPES,), symmetry=True)
-        dtype = SCALE_DTYPES[chosen.scale or "fp16"]
-        return IntegerFormat(int(integer[1]), chosen.group_size, chosen.symmetric, dtype)
+        chosen = _Options(text, options, (*SCALE_DTYPES, INTEGER_SCALES), symmetry=True)
+        dtype = SCALE_DTYPES.get(chosen.scale or "", torch.float16)
+        format = IntegerFormat(int(integer[1]), chosen.group_size, chosen.symmetric, dtype)
+        return IntegerScaleFormat(format) if chosen.scale == INTEGER_SCALES else format
     if family in STANDARD_FORMATS:
         if options:
             raise RecipeError(

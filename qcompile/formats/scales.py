@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Literal
 
@@ -212,6 +212,54 @@ DOUBLE_QUANTIZED = CodedScale("uint8", "row")
 """Whole numbers of 8 bits and one float32 per row: QLoRA's double quantization."""
 
 _CODED = (E8M0, E4M3, DOUBLE_QUANTIZED)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundScales:
+    """How the scales of one weight are stored, its outer scales chosen.
+
+    Attributes:
+        storage: How scales are stored.
+        outer: Outer scales ``[N, 1]`` or ``[1, 1]`` float32; None where there are none, and as long
+            as they are not chosen.
+    """
+
+    storage: ScaleStorage
+    outer: Tensor | None = None
+
+    @property
+    def needs_outer(self) -> bool:
+        """Whether there are outer scales to choose."""
+        return self.storage.outer_scales != "none"
+
+    def bind(self, ideal: Tensor) -> BoundScales:
+        """With outer scales for the ideal scales ``[N, G]`` of a whole weight."""
+        return replace(self, outer=self.storage.outer(ideal))
+
+    def rows(self, start: int, stop: int) -> BoundScales:
+        """Those of a range of rows."""
+        if self.outer is None or self.outer.shape[0] == 1:
+            return self
+        return replace(self, outer=self.outer[start:stop])
+
+    def storable(self, ideal: Tensor, name: str) -> Iterator[Tensor]:
+        """What can be stored near ideal scales ``[N, ...]``; see `ScaleStorage.storable`."""
+        outer = self.outer
+        if self.needs_outer:
+            if outer is None:
+                raise ValueError("outer scales are those of a weight: bind the grid to it first")
+            outer = outer.reshape(-1, *(1,) * (ideal.ndim - 1))
+        yield from self.storage.storable(ideal, outer, name)
+
+    def store(self, scale: Tensor) -> dict[str, Tensor]:
+        """The tensors of scales ``[..., G]`` that `storable` gave."""
+        outer = self.outer
+        if outer is not None:
+            per_row = outer.shape[0] > 1
+            shape = (*scale.shape[:-1], 1) if per_row else (1,) * scale.ndim
+            outer = outer.reshape(shape)
+        return self.storage.store(scale, outer)
+
 
 SCALE_STORAGES: dict[str, ScaleStorage] = {
     **{name: FloatScale(dtype) for name, dtype in SCALE_DTYPES.items()},

@@ -6,6 +6,7 @@ from torch import fx
 
 from qcompile.formats.base import Format, StoredWeight
 from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.integer_scale import IntegerScaleFormat
 from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.sparse import SparseFormat
 from qcompile.formats.split import SplitFormat
@@ -13,6 +14,7 @@ from qcompile.formats.vector import VectorFormat
 
 _FAMILIES: tuple[type[Format], ...] = (
     IntegerFormat,
+    IntegerScaleFormat,
     LookupFormat,
     SplitFormat,
     SparseFormat,

@@ -240,12 +240,13 @@ def test_rows_of_a_weight_decode_alone():
         assert torch.equal(format.decode(part), format.decode(quantized)[2:5])
 
 
-def test_weights_of_three_axes_are_stored_like_their_rows():
+def test_stacks_are_stored_matrix_by_matrix():
     weight = normal(2, 5, 48)
     for name in ("nvfp4", "nf4-g16-dq"):
         format = parse_format(name)
-        whole, flat = format.encode(weight), format.encode(weight.reshape(10, 48))
-        assert torch.equal(format.decode(whole).reshape(10, 48), format.decode(flat))
+        whole = format.encode(weight)
+        apart = [format.decode(format.encode(matrix)) for matrix in weight]
+        assert torch.equal(format.decode(whole), torch.stack(apart))
         assert {n: tuple(t.shape) for n, t in whole.tensors.items()} == {
             n: spec.shape for n, spec in format.tensors((2, 5, 48)).items()
         }

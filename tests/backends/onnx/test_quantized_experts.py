@@ -16,7 +16,7 @@ from qcompile.passes.infra import Context, run_passes
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
 FORMATS = ["int4", "int4-g8-asym", "int4-g16", "int8", "int3-g16-asym", "nf4-g8", "nf4-g16-dq"]
-FORMATS += ["fp8", "mxfp4", "nvfp4", "ternary-g8", "fp4-g16"]
+FORMATS += ["fp8", "mxfp4", "nvfp4", "ternary-g8", "fp4-g16", "int4-g8-asym-intscale"]
 
 
 def quantized(format: str, **options: object) -> Program:
