@@ -122,5 +122,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "slim": weights(
         {"w3-g64": "int3-g64-asym", "w2-g64": "int2-g64-asym"}, **{**_GPTQ, "method": "slim"}
     ),
+    "signround": weights(SYMMETRIC, method="signround", scale_search="mse"),
+    "omniquant": weights(ASYMMETRIC, method="omniquant", scale_search="mse"),
 }
 """Every row by name. What a paper compares is in one setting; bits are counted in each row."""
