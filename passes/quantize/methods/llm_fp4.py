@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile.calibration.statistics import Hessian, Statistic
-from qcompile.errors import RecipeError
-from qcompile.formats import LookupFormat, QuantizedWeight
+from qcompile.formats import Format, LookupFormat, QuantizedWeight
 from qcompile.formats.grid import Grid, GroupParameters
 from qcompile.formats.lookup_grid import LookupGrid
 from qcompile.passes.quantize.methods.base import Method, Outcome, Task
@@ -55,13 +54,15 @@ class LlmFp4(Method):
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
 
     def quantize(self, task: Task) -> Outcome:
-        """Tries every split.
-
-        Raises:
-            RecipeError: The format is none of small floats.
-        """
+        """Tries every split; weights that a recipe gives other formats are rounded to nearest."""
+        formats = splits(task.format)
+        if not formats:
+            rounded = task.format.encode(
+                task.weight, scale_search=task.scale_search, name=task.name
+            )
+            return Outcome(rounded, (f"{task.format} is no small float: rounded to nearest",))
         moments = task.seen.hessian.matrix.to(torch.float32)
-        tried = (self._quantize(task, format, moments) for format in splits(task))
+        tried = (self._quantize(task, format, moments) for format in formats)
         _, best = min(tried, key=lambda found: found[0])
         return Outcome(best)
 
@@ -98,20 +99,11 @@ class LlmFp4(Method):
         return candidates
 
 
-def splits(task: Task) -> list[LookupFormat]:
-    """The formats that a task's format may become: all splits of as many bits.
-
-    Raises:
-        RecipeError: It is none of small floats.
-    """
-    format = task.format
+def splits(format: Format) -> list[LookupFormat]:
+    """What a format of small floats may become: all splits of as many bits. None of others."""
     match = _SMALL_FLOAT.fullmatch(format.table) if isinstance(format, LookupFormat) else None
     if match is None:
-        raise RecipeError(
-            f"method 'llm_fp4' splits the bits of small floats, and '{task.name}' is to be "
-            f"{format}",
-            remedy="use a format such as fp4 or fp4-g64",
-        )
+        return []
     assert isinstance(format, LookupFormat)
     bits = int(match[1]) + int(match[2])
     return [replace(format, table=f"e{e}m{bits - e}") for e in range(1, bits + 1)]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qcompile.calibration.statistics import Hessian
-from qcompile.errors import RecipeError
 from qcompile.formats import parse_format
 from qcompile.passes.quantize.methods import Task, make_method
 from qcompile.passes.quantize.methods.hessian import Inputs
@@ -68,6 +67,9 @@ def test_more_biases_are_never_worse() -> None:
     assert found[1] <= found[0]
 
 
-def test_other_formats_are_refused() -> None:
-    with pytest.raises(RecipeError, match="'w' is to be nf4-g16"):
-        make_method("llm_fp4").quantize(task(random(4, 32), "nf4-g16"))
+def test_other_formats_are_rounded_to_nearest_and_say_so() -> None:
+    given = task(random(4, 32), "nf4-g16")
+    outcome = make_method("llm_fp4").quantize(given)
+    assert outcome.notes == ("nf4-g16 is no small float: rounded to nearest",)
+    rounded = given.format.encode(given.weight)
+    assert torch.equal(outcome.weight.tensors["codes"], rounded.tensors["codes"])
