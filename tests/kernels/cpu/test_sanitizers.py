@@ -43,7 +43,10 @@ def test_products_touch_no_memory_but_their_own(tmp_path: Path) -> None:
         # Python and ONNX Runtime leave memory to the system.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
     }
-    tests = [str(HERE / name) for name in ("test_lookup_codes.py", "test_qembedding.py", "test_vector_linear.py")]
+    tests = [
+        str(HERE / name)
+        for name in ("test_lookup_codes.py", "test_qembedding.py", "test_vector_linear.py")
+    ]
     tests.append(f"{HERE / 'test_qlinear.py'}::test_wide_and_partial_blocks_match_oracle")
     tests += [
         f"{HERE / file}::{test}"
