@@ -33,8 +33,8 @@ from qcompile.passes.quantize.bits import BitsReport, count_bits
 from qcompile.passes.quantize.layers import Part
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations as RoundActivations
 from qcompile.pipeline import make_pass
-from qcompile.planning import PlannedWeight, WeightPlan, plan, plan_weights
-from qcompile.recipe import DEFAULT_RECIPE, QuantizeActivations, Recipe, load_recipe
+from qcompile.planning import PlannedWeight, WeightPlan, plan, plan_transforms, plan_weights
+from qcompile.recipe import DEFAULT_RECIPE, QuantizeActivations, QuantizeCache, Recipe, load_recipe
 
 SCHEMA_VERSION = 1
 """Of `Preflight.to_dict`."""
@@ -146,12 +146,13 @@ def preflight(
     """
     recipe = load_recipe(recipe)
     backend = get_target(target) if isinstance(target, str) else target
-    weights = plan_weights(program, recipe)
+    transformed, others = plan_transforms(program, recipe)
+    weights = plan_weights(transformed, others)
     findings = [
         *_weight_findings(weights, backend.capabilities),
         *_activation_findings(weights, recipe, backend),
     ]
-    planned, records = _plan(program, recipe, findings)
+    planned, records = _plan(transformed, others, findings)
     lowered = None if findings else _lower(planned, backend, findings)
     findings += backend.check(program if lowered is None else lowered)
     bits = count_bits(planned)

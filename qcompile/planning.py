@@ -6,10 +6,11 @@ are shapes only. It can be printed, counted, checked and lowered, but not run.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -40,6 +41,7 @@ from qcompile.passes.quantize.quantize_activations import (
 from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
 from qcompile.passes.quantize.replace_weight import replace_weight
 from qcompile.pipeline import make_pass, recipe_phases
+from qcompile.planned_transforms import PLANNED_TRANSFORMS
 from qcompile.recipe import QuantizeWeights, Recipe, StepOptions
 from qcompile.recipe_schema import DATA_FREE_TRANSFORMS, TRANSFORM_STEPS, Step
 
@@ -112,8 +114,8 @@ def plan_weights(program: Program, recipe: Recipe) -> WeightPlan:
 def planned_phases(recipe: Recipe) -> tuple[Phase, ...]:
     """The steps of a recipe as phases that read no weight and no data.
 
-    Transforms that are chosen from data are left out: they keep the function, and what a few of
-    them leave in the program counts only when it is there.
+    Transforms that are chosen from data are random ones in their place, or, where they only change
+    weights, left out.
     """
     return tuple(
         _planned(step, phase)
@@ -126,7 +128,10 @@ def _planned(step: Step, phase: Phase) -> Phase:
         return Phase(step.name, (PLANNERS[step.name](step.options),))
     if step.name in TRANSFORM_STEPS - DATA_FREE_TRANSFORMS:
         chooser = type(make_pass(step.name, step.options))
-        return Phase(step.name, tuple(p for p in phase.passes if type(p) is not chooser))
+        stand_in = PLANNED_TRANSFORMS.get(step.name)
+        instead = () if stand_in is None else (stand_in(**_by_name(step.options)),)
+        passes = ((p,) if type(p) is not chooser else instead for p in phase.passes)
+        return Phase(step.name, tuple(itertools.chain.from_iterable(passes)))
     return phase
 
 
@@ -147,6 +152,23 @@ def plan(
         RecipeError: The recipe contradicts itself about a weight.
     """
     return PassManager(planned_phases(recipe), on_phase=on_phase).run(program, Context())
+
+
+def plan_transforms(program: Program, recipe: Recipe) -> tuple[Program, Recipe]:
+    """What the transforms of a recipe make of a program, and the steps that are left.
+
+    Layers may be split and ties undone, so that formats are chosen for other weights.
+
+    Args:
+        program: In canonical, raised form; it is not changed.
+        recipe: The recipe.
+    """
+    transforms = tuple(step for step in recipe.steps if step.name in TRANSFORM_STEPS)
+    if not transforms:
+        return program, recipe
+    others = tuple(step for step in recipe.steps if step.name not in TRANSFORM_STEPS)
+    transformed, _ = plan(program, recipe.model_copy(update={"steps": transforms}))
+    return transformed, recipe.model_copy(update={"steps": others})
 
 
 class PlanWeights(Pass):
@@ -194,7 +216,7 @@ class PlanActivations(QuantizeActivations):
     """
 
     def __init__(self, options: StepOptions) -> None:
-        super().__init__(**{key: getattr(options, key) for key in type(options).model_fields})
+        super().__init__(**_by_name(options))
 
     @property
     def name(self) -> str:
@@ -218,7 +240,7 @@ class PlanClusters(QuantizeClusters):
     """
 
     def __init__(self, options: StepOptions) -> None:
-        super().__init__(**{key: getattr(options, key) for key in type(options).model_fields})
+        super().__init__(**_by_name(options))
 
     @property
     def name(self) -> str:
@@ -260,6 +282,10 @@ def _policy(program: Program, options: QuantizeWeights) -> FormatPolicy:
         ignore=options.ignore,
         overrides=[*stand_ins(program, options), *own],
     )
+
+
+def _by_name(options: StepOptions) -> dict[str, Any]:
+    return {key: getattr(options, key) for key in type(options).model_fields}
 
 
 def _decide(program: Program, policy: FormatPolicy | None, weight: LayerWeight) -> PlannedWeight:

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
+from qcompile.calibration.samples import TokenWindows
+from qcompile.calibration.settings import Calibration
 from qcompile.cli import main
 from qcompile.compiler import capture
 from qcompile.compiler import compile as compile_model
@@ -19,10 +22,11 @@ from qcompile.estimates import estimate
 from qcompile.formats import Format, parse_format
 from qcompile.inspection_tables import preflight_tables
 from qcompile.ir.program import Program
-from qcompile.ir.weights import WeightStore
+from qcompile.ir.weights import WeightStore, sources
 from qcompile.legality import Preflight, preflight
-from qcompile.passes.infra import Context
+from qcompile.passes.infra import Context, PassManager
 from qcompile.passes.quantize.bits import count_bits
+from qcompile.pipeline import recipe_phases
 from qcompile.planning import plan
 from qcompile.progress import Progress
 from qcompile.recipe import Recipe, load_recipe
@@ -158,14 +162,74 @@ def test_predicted_files_are_those_of_the_artifact(
 
 
 def test_planned_program_is_the_compiled_one_without_numbers(tied: Program) -> None:
-    from qcompile.passes.infra import PassManager
-    from qcompile.pipeline import recipe_phases
-
     recipe = load_recipe("w4a8-rtn")
     planned, _ = plan(tied, recipe)
     compiled, _ = PassManager(recipe_phases(recipe)).run(tied)
     assert planned.text() == compiled.text()
     assert count_bits(planned) == count_bits(compiled)
+
+
+def test_formats_are_chosen_for_the_weights_that_transforms_leave(tied: Program) -> None:
+    """Split layers have formats of their own, and tables that serve two layers may become two."""
+    verdict = preflight(tied, "w4a4-resq-rtn", "onnx")
+    found = {layer.name: (layer.format, layer.activations) for layer in verdict.layers}
+    query = "model.layers.0.self_attn.q_proj"
+    assert found[f"{query}.low.weight"] == ("int4-g64", "int4")
+    assert found[f"{query}.high.weight"] == ("int8-g64", "int8")
+    assert not [warning for warning in verdict.warnings if "matches no weight" in warning]
+    steps = [
+        {"rotate": {}},
+        {"quantize_weights": {"format": "int8", "embedding": "int8", "lm_head": "int4"}},
+    ]
+    preflight(tied, load_recipe({"steps": steps})).refuse()
+
+
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "rotate": {"online": ["down_proj", "o_proj"]},
+    "quip": {},
+    "quip without scales": {"rescale": False},
+    "quip by kronecker": {"rotation": "kronecker"},
+    "rptq": {"clusters": 4},
+    "duquant": {"block_size": 8},
+    "spinquant": {"steps": 1},
+    "resq": {},
+    "resq with keys": {"query_key": True},
+}
+
+
+@pytest.mark.parametrize("model", ["llama", "tied"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_planned_with_all_that_they_leave_in_the_program(
+    name: str, model: str, request: pytest.FixtureRequest
+) -> None:
+    """Nodes and parameters that stay, and tables that no longer serve two layers."""
+    program: Program = request.getfixturevalue(model)
+    steps = [{name.split()[0]: TRANSFORMS[name]}, {"quantize_weights": {"format": "int8"}}]
+    recipe = load_recipe({"name": "transformed", "steps": steps})
+    tokens = np.random.default_rng(0).integers(2, 60, (4, 16))
+    context = Context(calibration=Calibration(TokenWindows(tokens)))
+    compiled, _ = PassManager(recipe_phases(recipe)).run(program, context)
+    planned, _ = plan(program, recipe)
+    assert planned.text() == compiled.text()
+    assert count_bits(planned) == count_bits(compiled)
+
+
+@pytest.mark.parametrize("name", ["w3-quip-gptq", "w4a4-duquant-rtn", "w4a4-resq-rtn"])
+def test_planning_transforms_reads_no_weight(
+    name: str, tied: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    materialize = WeightStore.materialize
+
+    def only_parameters(
+        store: WeightStore, weight: str, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        assert not any(sources(store.expression(weight))), f"'{weight}' was read"
+        return materialize(store, weight, dtype)
+
+    monkeypatch.setattr(WeightStore, "materialize", only_parameters)
+    verdict = preflight(tied, name, "onnx")
+    verdict.refuse()
+    assert verdict.estimate is not None
 
 
 def test_layers_that_stay_float_say_why(llama: Program) -> None:

@@ -91,7 +91,7 @@ class Resq(Pass):
         keys = {n: _new_keys(n) for n in program.calls(dialect.attention) if self._query_key}
         values = [*(value for basis in bases for value in basis.values), *keys.values()]
         requests = [Request(value, Hessian) for value in values]
-        found = measure(program, requests, context, "ResQ")
+        found = self._measure(program, requests, context)
         generator = torch.Generator().manual_seed(context.seed + self._seed)
         for basis in bases:
             result.details.append(self._rotate(program, basis, found, generator))
@@ -99,14 +99,14 @@ class Resq(Pass):
         for basis in bases:
             _split(program, basis, result)
         for attention, key in keys.items():
-            covariance = found.of(key, Hessian).matrix
-            result.details.append(self._rotate_keys(program, attention, covariance, generator))
+            turned = self._rotate_keys(program, attention, key, found, generator)
+            result.details.append(turned)
             result.rewrites += 1
         return result
 
     def _basis(
         self, place: str, site: Site, linears: Mapping[str, fx.Node], result: PassResult
-    ) -> _Basis | None:
+    ) -> Basis | None:
         if Family.ORTHOGONAL not in site.families:
             reasons = [b.reason for b in site.blockers if b.family is Family.ORTHOGONAL]
             result.skips.append(Skip(site.sources[0], "; ".join(dict.fromkeys(reasons))))
@@ -126,13 +126,18 @@ class Resq(Pass):
         if high >= site.size:
             result.skips.append(Skip(site.sources[0], f"{site.size} channels are too few to split"))
             return None
-        return _Basis(place, site, covers, high)
+        return Basis(place, site, covers, high)
 
     def _high(self, size: int, multiple: int) -> int:
         return max(multiple, round(size * self._fraction / multiple) * multiple)
 
+    def _measure(
+        self, program: Program, requests: Sequence[Request], context: Context
+    ) -> Statistics:
+        return measure(program, requests, context, "ResQ")
+
     def _rotate(
-        self, program: Program, basis: _Basis, found: Statistics, generator: torch.Generator
+        self, program: Program, basis: Basis, found: Statistics, generator: torch.Generator
     ) -> dict[str, object]:
         size, high = basis.site.size, basis.high
         rotations, fractions = [], []
@@ -156,9 +161,11 @@ class Resq(Pass):
         self,
         program: Program,
         attention: fx.Node,
-        covariance: Tensor,
+        key: fx.Node,
+        found: Statistics,
         generator: torch.Generator,
     ) -> dict[str, object]:
+        covariance = found.of(key, Hessian).matrix
         high = self._high(len(covariance), 1)
         rotation = principal_rotation(covariance, high, generator)
         rotate_queries_and_keys(program, attention, Orthogonal(rotation))
@@ -171,7 +178,7 @@ class Resq(Pass):
 
 
 @dataclass(frozen=True)
-class _Basis:
+class Basis:
     """A site to rotate.
 
     Attributes:
@@ -254,7 +261,7 @@ def _produced(block: Sequence[Port], linears: Mapping[str, fx.Node]) -> list[tup
     ]
 
 
-def _split(program: Program, basis: _Basis, result: PassResult) -> None:
+def _split(program: Program, basis: Basis, result: PassResult) -> None:
     """Splits the linears that read a basis."""
     head = output_projection(program)
     sinks = set(basis.site.sinks)

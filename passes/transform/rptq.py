@@ -63,7 +63,7 @@ class Rptq(Pass):
         groups, skips = wanted_inputs(program, self._ignore)
         result = PassResult(skips=skips)
         found = measure(program, [Request(x, ChannelRange) for x, _ in groups], context, "RPTQ")
-        sites = {frozenset(site.sinks): site for site in find_sites(program) if _is_free(site)}
+        sites = {frozenset(site.sinks): site for site in find_sites(program) if can_reorder(site)}
         for x, linears in groups:
             seen = found.of(x, ChannelRange)
             names = [weight_name(linear) for linear in linears]
@@ -103,7 +103,7 @@ class Rptq(Pass):
         return [size for start in sorted(sizes) for size in sizes[start]]
 
 
-def _is_free(site: Site) -> bool:
+def can_reorder(site: Site) -> bool:
     """Whether channels can be reordered in weights, for one layer by itself."""
     return Family.PERMUTATION in site.families and not site.reads_norm
 
