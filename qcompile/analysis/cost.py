@@ -22,6 +22,7 @@ from qcompile.ir import dialect
 from qcompile.ir.caches import cache_format
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
+from qcompile.kernels.transform.flops import transform_flops
 
 aten = torch.ops.aten
 
@@ -199,9 +200,12 @@ def _kept_elsewhere(program: Program) -> set[fx.Node]:
         for node, port in zip(program.inputs, program.signature.inputs, strict=True)
         if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
     }
+    stored: set[fx.Node] = set()  # and what follows from nothing else, such as decoded codes
     for node in program.graph.nodes:
-        decodes = node.target is dialect.dequantize and node.args[0].op == "get_attr"
-        if decodes or node.op in ("get_attr", "output") or node.target is dialect.kv_append:
+        decodes = bool(node.all_input_nodes) and stored.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or (node.op == "call_function" and decodes):
+            stored.add(node)
+        if node in stored or node.op == "output" or node.target is dialect.kv_append:
             kept.add(node)
     return kept
 
@@ -275,6 +279,21 @@ def _experts_flops(model: CostModel, node: fx.Node) -> int:
     return 2 * model.elements(_operand(node, 1)) * each
 
 
+def _transform_flops(model: CostModel, node: fx.Node) -> int:
+    """Those of each vector along the last axis."""
+    arguments: tuple[Any, ...] = node.args
+    _, params, kind, dims = arguments
+    value: Tensor = node.meta["val"]
+    n = model.size(value.shape[-1])
+    shapes = [param.meta["val"].shape for param in params]
+    return model.elements(value) // max(1, n) * transform_flops(n, shapes, kind, dims)
+
+
+def _scale_flops(model: CostModel, node: fx.Node) -> int:
+    """A magnitude and a comparison for each value that is measured."""
+    return 2 * model.elements(_operand(node, 0))
+
+
 def _operand(node: fx.Node, position: int) -> Any:
     """The fake tensor that stands at a position of the arguments."""
     operand = node.args[position]
@@ -296,6 +315,9 @@ _FORMULAS: Mapping[Any, Formula] = MappingProxyType(
         aten.conv3d.default: _convolution_flops,
         aten.scaled_dot_product_attention.default: _attention_flops,
         dialect.attention: _attention_flops,
+        dialect.dynamic_scale: _scale_flops,
+        dialect.float8_scale: _scale_flops,
+        dialect.transform: _transform_flops,
         dialect.experts: _experts_flops,
     }
 )
@@ -307,8 +329,8 @@ _PER_ELEMENT: Mapping[Any, int] = MappingProxyType(
         dialect.rope: 3,  # two products and their sum
         dialect.act: 4,
         dialect.gated_act: 5,
-        dialect.dynamic_scale: 1,
         dialect.quantize: 2,
+        dialect.quantize_float8: 2,
         dialect.dequantize: 2,
         aten.softmax.int: 5,
         aten.silu.default: 4,

@@ -14,6 +14,11 @@ from qcompile.compiler import capture
 from qcompile.frontends.torch_export import capture_module
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
+from qcompile.passes.infra import run_passes
+from qcompile.passes.quantize.quantize_activations import QuantizeActivations
+from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+from qcompile.passes.transform.fold_norm_gain import FoldNormGain
+from qcompile.passes.transform.rotate import Rotate
 
 if TYPE_CHECKING:
     from tests.conftest import TinyCheckpoint
@@ -174,3 +179,31 @@ def test_routed_experts_cost_the_experts_that_are_chosen(tiny_checkpoint: TinyCh
     hidden, intermediate, tokens = 32, 48, 7
     expected = tokens * 2 * (2 * 3 * hidden * intermediate)
     assert operations_of(program, dialect.experts, Sizes(1, tokens, 0)) == expected
+
+
+def test_online_transforms_cost_their_additions_and_products(llama: Program) -> None:
+    # 48 channels are four blocks of 12, each a core of order 12, or one of 48 = 12 * 4.
+    rotated = run_passes(llama, [FoldNormGain(), Rotate(online=["down_proj"])])
+    (first, _) = rotated.calls(dialect.transform)
+    channels, tokens, layers = 48, 2 * 5, 2
+    block, core = int(first.args[3][0]), 12  # type: ignore[index,arg-type,call-overload]
+    each = (block // core).bit_length() - 1 + 2 * core + 1
+    assert operations_of(rotated, dialect.transform, Sizes(2, 5, 0)) == (
+        layers * tokens * channels * each
+    )
+
+
+def test_rounding_costs_what_is_measured_and_divided(llama: Program) -> None:
+    program = run_passes(llama, [QuantizeWeights("int8"), QuantizeActivations("fp8")])
+    tokens, hidden, intermediate, layers = 7, 32, 48, 2
+    inputs = tokens * (layers * (3 * hidden + intermediate) + hidden)
+    assert operations_of(program, dialect.float8_scale, Sizes(1, tokens, 0)) == 2 * inputs
+    assert operations_of(program, dialect.quantize_float8, Sizes(1, tokens, 0)) == 2 * inputs
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4-g16", "nvfp4"])
+def test_decoded_weights_are_no_activations(llama: Program, format: str) -> None:
+    program = run_passes(llama, [QuantizeWeights(format)])
+    sizes = Sizes(1, 1, 0)
+    found, plain = (CostModel(p, sizes).total(p).activation_bytes for p in (program, llama))
+    assert found == plain

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.hadamard.matrix import core_order, has_order, largest_block
+from qcompile.kernels.transform.flops import hadamard_flops
 from qcompile.passes.transform.values.base import Encoded, Transform, TransformCost
 from qcompile.passes.transform.values.elementary import Orthogonal
 
@@ -65,13 +66,9 @@ class Hadamard(Transform):
 
     def cost(self) -> TransformCost:
         """``log2`` additions per channel, and a product with the core."""
-        core = core_order(self.block)
-        assert core is not None
-        steps = (self.block // core).bit_length() - 1
-        dense = 2 * core if core > 1 else 0
-        signs = 0 if self.signs is None else 1
-        flops = self.n * (steps + dense + 1 + signs)
-        return TransformCost(flops, signs * self.n * _SIGN_BITS)
+        signed = self.signs is not None
+        flops = hadamard_flops(self.n, self.block, signed)
+        return TransformCost(flops, signed * self.n * _SIGN_BITS)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qcompile.kernels.transform.flops import transform_flops
 from qcompile.passes.transform.values import (
     Affine,
     BlockDiagonal,
@@ -49,6 +50,14 @@ def values() -> dict[str, Transform]:
 
 def shifted(offset: float) -> Shift:
     return Shift(torch.linspace(0, offset, N, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", values())
+def test_cost_is_that_of_the_operator(kind: str) -> None:
+    value = values()[kind]
+    encoded = value.encode()
+    shapes = [numbers.shape for numbers in encoded.params]
+    assert value.cost().flops == transform_flops(N, shapes, encoded.kind, encoded.dims)
 
 
 @pytest.mark.parametrize("kind", values())
