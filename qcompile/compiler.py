@@ -306,17 +306,37 @@ def tokenizer_of(program: Program) -> Tokenizer | None:
     assets = program.provenance.assets
     if TOKENIZER_NAME not in assets:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in assets.items():
-            (Path(folder) / name).write_bytes(content)
+    with _written_aside(assets) as folder:
         try:
-            return Tokenizer.load(Path(folder))
+            return Tokenizer.load(folder)
         except ArtifactError as error:
             reason = error.message.replace(f"{folder}{os.sep}", "")
             raise ModelError(
                 f"the tokenizer of '{program.provenance.source}' cannot be used: {reason}",
                 remedy="fetch the model again, or upgrade the package 'tokenizers'",
             ) from error
+
+
+@contextlib.contextmanager
+def _written_aside(files: Mapping[str, bytes]) -> Iterator[Path]:
+    """A directory of some files, for a while.
+
+    Raises:
+        ArtifactError: The system's temporary directory cannot hold them.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
+        except OSError as error:
+            place, reason = error.filename or "the temporary directory", error.strerror or error
+            raise ArtifactError(
+                f"'{place}' cannot be written: {reason}",
+                remedy="free space in the system's temporary directory, or set TMPDIR to another "
+                "one",
+            ) from error
+        yield folder
 
 
 def _destination(

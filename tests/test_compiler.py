@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +15,8 @@ import torch
 from torch import nn
 
 import qcompile as qc
-from qcompile.errors import DataError, ModelError, QCompileError, RecipeError
+from qcompile.compiler import tokenizer_of
+from qcompile.errors import ArtifactError, DataError, ModelError, QCompileError, RecipeError
 from qcompile.progress import NullProgress
 
 if TYPE_CHECKING:
@@ -226,3 +230,30 @@ def test_evaluate_sees_what_rounding_costs(
     assert fine.kl is not None
     assert coarse.kl is not None
     assert 0 < fine.kl < coarse.kl
+
+
+def test_temporary_directory_that_is_full_is_named_with_a_remedy(
+    program: qc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if self.is_relative_to(tmp_path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return written(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ArtifactError, match="No space left on device") as caught:
+        tokenizer_of(program)
+    assert caught.value.message.startswith(f"'{tmp_path}")
+    assert "TMPDIR" in str(caught.value.remedy)
+    assert not list(tmp_path.iterdir())
+
+
+def test_temporary_directory_that_is_gone_is_named(
+    program: qc.Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(ArtifactError, match=r"gone.*cannot be written: No such file or directory"):
+        tokenizer_of(program)
