@@ -38,15 +38,18 @@ class SparseFormat(Format):
         amount: How many numbers of a row have a float beside them, or the share of them.
 
     Raises:
-        RecipeError: The base is sparse itself.
+        RecipeError: The base is no integers or tables, split or not.
     """
 
     base: Format
     amount: int | Percent
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, SparseFormat):
-            raise RecipeError(f"format {self.base} has floats beside it already")
+        if not isinstance(self.base, _FAMILIES):
+            raise RecipeError(
+                f"format {self.base} cannot have floats beside it",
+                remedy="use integers or tables, split or not",
+            )
 
     @property
     def name(self) -> str:

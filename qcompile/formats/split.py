@@ -96,8 +96,11 @@ class SplitFormat(Format):
         if not self.parts:
             raise RecipeError("a split format has a part beside its base")
         for format in self.formats:
-            if isinstance(format, SplitFormat):
-                raise RecipeError(f"format {format} is split already")
+            if not isinstance(format, _FAMILIES):
+                raise RecipeError(
+                    f"format {format} cannot have some columns of a weight",
+                    remedy="use integers, tables or 16-bit floats for its parts",
+                )
 
     @property
     def name(self) -> str:

@@ -28,7 +28,9 @@ def test_name_reads_back_as_an_equal_format(name):
     assert parse_format(str(format)) == format
 
 
-@pytest.mark.parametrize("name", ["int4/fp16", "int4/1%int8", "int4/0%fp16", "int4/1%fp16/1%fp16"])
+@pytest.mark.parametrize(
+    "name", ["int4/fp16", "int4/1%int8", "int4/0%fp16", "int4/1%fp16/1%fp16", "higgs2x16/1%fp16"]
+)
 def test_side_that_means_nothing_is_named(name):
     with pytest.raises(RecipeError, match="format"):
         parse_format(name)

@@ -46,6 +46,11 @@ def test_part_that_means_nothing_is_named(name):
         parse_format(name)
 
 
+def test_codes_of_several_weights_cannot_be_a_part():
+    with pytest.raises(RecipeError, match="cannot have some columns of a weight"):
+        parse_format("higgs2x16-g16+1%fp16")
+
+
 def test_sixteen_bits_alone_are_no_format():
     with pytest.raises(RecipeError, match="unknown format 'fp16'"):
         parse_format("fp16")

@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from qcompile.errors import RecipeError
 from qcompile.formats import Format, QuantizedWeight, ScalarFormat, SparseFormat, SplitFormat
 from qcompile.formats.dense import DenseFormat
 from qcompile.passes.quantize.methods.base import Outcome, Task
@@ -37,9 +36,6 @@ def sweep_parts(
         columns: Of each part, as `SplitFormat.divide` gives them; all, where there are no parts.
         options: Of the sweep; `Gptq` itself knows formats without parts only.
         index: For a `SparseFormat`, the places of the floats, [N, M].
-
-    Raises:
-        RecipeError: A part is of a format that does not store one code per weight.
 
     Source: Lee et al. 2023 (OWQ), section 3; Ashkboos et al. 2023 (QUIK), section 3.
     """
@@ -181,11 +177,7 @@ def _rounder(task: Task, part: Format, columns: Tensor, options: Gptq) -> PartRo
     weight = task.weight[:, columns]
     if isinstance(part, DenseFormat):
         return DenseRounder(part, (len(weight), len(columns)), task.name)
-    if not isinstance(part, ScalarFormat):
-        raise RecipeError(
-            f"format {part} of '{task.name}' does not store one code per weight",
-            remedy="use integer, lookup and 16-bit float formats with this method",
-        )
+    assert isinstance(part, ScalarFormat)
     return GridRounder(
         part.grid.bind(weight, task.name),
         weight,

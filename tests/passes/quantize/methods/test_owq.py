@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from qcompile.calibration.statistics import Hessian
-from qcompile.errors import RecipeError
 from qcompile.formats import parse_format
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
@@ -91,9 +90,3 @@ def test_format_without_parts_is_left_to_gptq():
     plain = Gptq().quantize(task(weight, inputs, "int4-g16"))
     assert torch.equal(found.weight.tensors["codes"], plain.weight.tensors["codes"])
     assert found.notes == ("nothing to divide in int4-g16",)
-
-
-def test_part_without_codes_of_its_own_is_refused():
-    weight, inputs = problem()
-    with pytest.raises(RecipeError, match="'w' does not store one code per weight"):
-        Owq().quantize(task(weight, inputs, "higgs2x16-g20-unturned+3xfp16"))
