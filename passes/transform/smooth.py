@@ -42,6 +42,9 @@ _MOST_ROWS = 256
 _LARGEST_ROWS = 8
 """The largest ones that it is judged on beside them: about one in thirty."""
 
+_MOST_OUTPUTS = 256
+"""Outputs of a weight whose errors are looked at; they are alike, and wide layers have many."""
+
 _LARGEST_SCALE = 1e4
 """Of a scale and of its reciprocal: what narrow floats can still hold beside ordinary numbers."""
 
@@ -205,15 +208,14 @@ class Smooth(Pass):
         return scales, {"strength": strength, "error": error, "error_unscaled": unscaled}
 
     def _samples(self, program: Program, reader: Reader, found: Statistics) -> ReaderSamples:
-        ordinary = found.of(reader.value, Rows).values
-        step = -(-len(ordinary) // _MOST_ROWS)
-        rows = torch.cat((ordinary[::step], found.of(reader.value, LargestRows).values))
+        ordinary = _some(found.of(reader.value, Rows).values, _MOST_ROWS)
+        rows = torch.cat((ordinary, found.of(reader.value, LargestRows).values))
         weight = program.weights.materialize(reader.weight).flatten(0, -2)
         largest = found.of(reader.value, ChannelRange).absmax
         rotation = None
         if self._online & reader.roles:
             rotation = random_hadamard(rows.shape[1], None, online=True).value
-        return ReaderSamples(reader, weight, rows, largest, rotation)
+        return ReaderSamples(reader, _some(weight, _MOST_OUTPUTS), rows, largest, rotation)
 
     def _scales(self, seen: Sequence[Magnitudes], strength: float) -> list[Tensor]:
         return [
@@ -237,3 +239,8 @@ def _seen(program: Program, site: ScaleSite, found: Statistics) -> list[Magnitud
             for block, part in site.by_block(reader, per_channel.to(torch.float64)):
                 kept[block] = torch.maximum(kept[block], part)
     return [Magnitudes(*parts) for parts in zip(largest, mean, weights, strict=True)]
+
+
+def _some(rows: Tensor, most: int) -> Tensor:
+    """At most so many rows, evenly spaced."""
+    return rows[:: max(1, -(-len(rows) // most))]

@@ -37,7 +37,7 @@ class ReaderSamples:
 
     Attributes:
         reader: The reader.
-        weight: ``[N, K]`` float32.
+        weight: Some of its outputs, ``[N, K]`` float32.
         rows: Some inputs, the largest among them, ``[T, K]`` float32.
         largest: Magnitude of each input channel over all calibration data, ``[K]``.
         rotation: What will stand between the scales and the rounding, if anything will.
