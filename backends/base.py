@@ -51,6 +51,7 @@ class Capabilities:
         embedding_format: The same for tables that rows are gathered from.
         activation_formats: Names of the formats that inputs of quantized layers may be rounded to.
         sparse_floats: Whether floats may stand beside some codes of a linear layer's weight.
+        cache_formats: Names of the formats that keys and values may be kept in, beside floats.
         barrier: Whether a call that the dialect does not know can be emitted.
     """
 
@@ -58,6 +59,7 @@ class Capabilities:
     embedding_format: Callable[[Format], str | None]
     activation_formats: frozenset[str] = field(default_factory=frozenset)
     sparse_floats: bool = False
+    cache_formats: frozenset[str] = field(default_factory=frozenset)
     barrier: Callable[[fx.Node], str | None] = _supported
 
 

@@ -27,6 +27,7 @@ from qcompile.formats import (
 )
 from qcompile.formats.dense import DenseFormat
 from qcompile.ir.program import Program
+from qcompile.kernels.kv_append.rows import FLOAT_CACHE
 from qcompile.kernels.lookup.levels import code_bits
 from qcompile.passes.infra import Context, PassRecord
 from qcompile.passes.quantize.bits import BitsReport, count_bits
@@ -151,6 +152,7 @@ def preflight(
     findings = [
         *_weight_findings(weights, backend.capabilities),
         *_activation_findings(weights, recipe, backend),
+        *_cache_findings(recipe, backend),
     ]
     planned, records = _plan(transformed, others, findings)
     lowered = None if findings else _lower(planned, backend, findings)
@@ -268,6 +270,21 @@ def _activation_findings(weights: WeightPlan, recipe: Recipe, target: Target) ->
             if reads and format is not None and str(format) not in known:
                 reason = f"the {target.name} target has no {format} activations"
                 yield Finding(weight.name, reason, instead)
+
+
+def _cache_findings(recipe: Recipe, target: Target) -> Iterator[Finding]:
+    """Cache formats that the target does not have."""
+    known = target.capabilities.cache_formats
+    for step in recipe.steps:
+        if not isinstance(step.options, QuantizeCache):
+            continue
+        options = step.options
+        for side in ("keys", "values"):
+            format = getattr(options, side) or options.format
+            if format != FLOAT_CACHE and format not in known:
+                reason = f"the {target.name} target has no {format} cache"
+                instead = f"use {' or '.join(sorted(known))}" if known else "leave the step out"
+                yield Finding(f"the cache of {side}", reason, instead)
 
 
 def _plan(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
 from qcompile.backends.cpu.finite import refuse_non_finite
-from qcompile.backends.cpu.lower import lower_phase
+from qcompile.backends.cpu.lower import lower_phase, store_phase
 from qcompile.backends.cpu.packable import unmultipliable_reason, unpackable_reason
 from qcompile.backends.cpu.translations import TRANSLATIONS
 from qcompile.backends.onnx.emitter import OnnxEmitter, OnnxGraph
@@ -16,6 +16,7 @@ from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
 from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
+from qcompile.kernels.kv_append.rows import CACHE_FORMATS
 from qcompile.passes.infra import Context, PassManager
 from qcompile.progress import Progress
 
@@ -37,6 +38,7 @@ class CpuTarget(Target):
             weight_format=unmultipliable_reason,
             embedding_format=unpackable_reason,
             activation_formats=frozenset({"int8", "int8-asym", "e4m3", "e5m2"}),
+            cache_formats=frozenset(CACHE_FORMATS),
             sparse_floats=True,
         )
 
@@ -49,7 +51,7 @@ class CpuTarget(Target):
 
     def lower(self, program: Program, context: Context) -> Program:
         """One node per kernel."""
-        return PassManager([lower_phase()]).run(program, context)[0]
+        return PassManager([lower_phase(), store_phase()]).run(program, context)[0]
 
     def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
         """Writes ``model.onnx`` and its memory-mapped weights.

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile.backends.cpu import expert_ops, fused_ops, ops
+from qcompile.backends.cpu.cached_attention import cached_attention
 from qcompile.backends.cpu.sparse_linear import SPARSE_LINEAR
 from qcompile.backends.cpu.vector_linear import VECTOR_LINEAR
 from qcompile.backends.onnx.builder import Builder
@@ -23,6 +24,7 @@ from qcompile.kernels.hadamard.matrix import core, core_order
 
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
+UINT8 = ir.DataType.UINT8
 
 GATED_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh")
 """What the library's `GatedActivation` knows; others are spelled in standard operators."""
@@ -182,8 +184,29 @@ def _experts(
 
 
 @_TABLE.register(ops.fused_attention)
-def _attention(
+def _attention(b: Builder, *arguments: Any) -> tuple[ir.Value, ...]:
+    return _attend(b, "Attention", FLOAT, *arguments)
+
+
+@_TABLE.register(cached_attention)
+def _cached_attention(b: Builder, *arguments: Any) -> tuple[ir.Value, ...]:
+    *shared, key_format, key_group_size, value_format, value_group_size = arguments
+    return _attend(
+        b,
+        "QAttention",
+        UINT8,
+        *shared,
+        key_format=key_format,
+        key_group_size=key_group_size,
+        value_format=value_format,
+        value_group_size=value_group_size,
+    )
+
+
+def _attend(
     b: Builder,
+    op_type: str,
+    cache_dtype: ir.DataType,
     query: ir.Value,
     key: ir.Value,
     value: ir.Value,
@@ -201,16 +224,18 @@ def _attention(
     window: int,
     softcap: float,
     interleaved: bool,
+    **formats: int | str,
 ) -> tuple[ir.Value, ...]:
     mask = None if key_mask is None else b.cast(key_mask, INT64)
     inputs = (query, key, value, past_key, past_value, mask, bias, cos, sin, sinks)
     rotary = 0 if cos is None else 2 * int(_argument(b, 7).meta["val"].shape[-1])
+    dtypes = (FLOAT,) if past_key is None else (FLOAT, cache_dtype, cache_dtype)
     made = b.ops(
-        "Attention",
+        op_type,
         *inputs,
-        outputs=1 if past_key is None else 3,
+        outputs=len(dtypes),
         domain=OPERATOR_DOMAIN,
-        dtypes=(FLOAT,) * (1 if past_key is None else 3),
+        dtypes=dtypes,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         scale=float(scale),
@@ -219,6 +244,7 @@ def _attention(
         softcap=float(softcap),
         rotary_dim=rotary,
         interleaved=int(interleaved),
+        **formats,
     )
     return made if past_key is not None else (made[0], key, value)
 

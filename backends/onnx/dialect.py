@@ -16,6 +16,7 @@ from qcompile.backends.onnx.sizes import subtract
 from qcompile.backends.onnx.transform import emit_transform, standard_hadamard
 from qcompile.backends.onnx.translation import Table
 from qcompile.backends.onnx.values import Number, UnsupportedError, static_size
+from qcompile.kernels.kv_append.rows import FLOAT_CACHE
 from qcompile.kernels.quantize.groups import group_count
 
 qc = torch.ops.qc
@@ -181,7 +182,12 @@ def _gated_act(b: Builder, gate: ir.Value, up: ir.Value, kind: str) -> ir.Value:
 
 
 @DIALECT.register(qc.kv_append.default)
-def _kv_append(b: Builder, past: ir.Value, new: ir.Value) -> ir.Value:
+def _kv_append(
+    b: Builder, past: ir.Value, new: ir.Value, format: str = FLOAT_CACHE, group_size: int = 0
+) -> ir.Value:
+    del group_size
+    if format != FLOAT_CACHE:
+        raise UnsupportedError(f"a cache of {format} that is no input of the model")
     return b.op("Concat", past, new, axis=2)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
 from qcompile.backends.onnx import fused, quantized
+from qcompile.backends.onnx.dialect_cache import FORMATS as CACHE_FORMATS
 from qcompile.backends.onnx.emitter import DEFAULT_OPSET, OnnxEmitter, OnnxGraph
 from qcompile.backends.onnx.external_data import predict_sizes, write_model
 from qcompile.backends.onnx.notes import notes_of
@@ -20,6 +21,7 @@ from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.lower.fix_sizes import FixSizes
 from qcompile.passes.lower.split_linears import SplitLinears
+from qcompile.passes.lower.store_caches import StoreCaches
 from qcompile.passes.lower.turn_inputs import TurnInputs
 from qcompile.passes.quantize.activation_formats import ACTIVATION_FORMATS
 from qcompile.progress import Progress
@@ -69,6 +71,7 @@ class OnnxTarget(Target):
             weight_format=_weight_reason,
             embedding_format=_format_reason,
             activation_formats=frozenset(ACTIVATION_FORMATS),
+            cache_formats=frozenset(CACHE_FORMATS),
             sparse_floats=True,
         )
 
@@ -92,7 +95,8 @@ class OnnxTarget(Target):
                 f"a cache of fixed shape needs query and past: {other} is missing",
                 remedy=f"add {other}=...",
             )
-        return PassManager([self._phase]).run(program, context)[0]
+        phases = [self._phase, Phase("store caches", (StoreCaches(),))]
+        return PassManager(phases).run(program, context)[0]
 
     def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
         """Writes ``model.onnx`` and its weights.

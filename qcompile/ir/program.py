@@ -199,8 +199,9 @@ def _bind_language_model(
                     torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
                 )
             case Role.PAST_KEY | Role.PAST_VALUE:
-                shape = node.meta["val"].shape
-                empty = torch.empty(batch, int(shape[1]), 0, int(shape[3]))
+                held = node.meta["val"]
+                sizes = (batch, int(held.shape[1]), 0, int(held.shape[3]))
+                empty = torch.empty(sizes, dtype=held.dtype)
                 bound.append(empty if past_key_values is None else next(cache))
             case role:
                 raise ModelError(f"input '{port.name}' with role '{role.value}' has no value")

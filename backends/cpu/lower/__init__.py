@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.backends.cpu import ops
+from qcompile.backends.cpu.cached_attention import cached_attention, caches_of
 from qcompile.backends.cpu.lower.fuse_attention import FuseAttention
 from qcompile.backends.cpu.lower.fuse_experts import FuseExperts
 from qcompile.backends.cpu.lower.fuse_linear import FuseLinear
@@ -14,6 +15,7 @@ from qcompile.passes.canonicalize.merge_duplicates import MergeDuplicates
 from qcompile.passes.infra import Phase
 from qcompile.passes.lower.limit_logits import LimitLogits
 from qcompile.passes.lower.split_linears import SplitLinears
+from qcompile.passes.lower.store_caches import StoreCaches
 from qcompile.passes.lower.turn_inputs import TurnInputs
 
 
@@ -35,3 +37,8 @@ def lower_phase() -> Phase:
             FuseSiblings(),
         ),
     )
+
+
+def store_phase() -> Phase:
+    """What gives caches of few bits their bytes, behind all that is checked."""
+    return Phase("store caches", (StoreCaches({cached_attention: caches_of}),))

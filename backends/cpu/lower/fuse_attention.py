@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from qcompile.backends.cpu import ops
+from qcompile.backends.cpu.cached_attention import cached_attention
 from qcompile.ir import dialect
+from qcompile.ir.caches import cache_format
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact, Role
@@ -33,8 +35,9 @@ class FuseAttention(Pass):
 
         cpu_attention(query, key, value, past_key, past_value, mask, bias, cos, sin, ...)
 
-    Every part but the attention itself is optional: what is not there, or has another user, stays
-    outside of the node.
+    or ``cpu_cached_attention(..., key_format, key_group_size, value_format, value_group_size)``
+    where a cache rounds. Every part but the attention itself is optional: what is not there, or has
+    another user, stays outside of the node.
 
     A cache that other nodes read, such as the latent of multi-head latent attention, cannot be
     appended to inside of a node. All caches of such a model grow as plain tensors then, and an
@@ -113,12 +116,15 @@ def _fuse(editor: Editor, node: fx.Node, attention_mask: fx.Node | None) -> None
         cos, sin = (rotation.cos, rotation.sin) if rotation else (None, None)
         if past_key is not None and key_mask is None:
             key_mask = attention_mask
+        formats = [cache_format(x) for x in (key, value)] if past_key is not None else []
+        rounds = any(format.rounds for format in formats)
         fused = editor.call(
-            ops.fused_attention,
+            cached_attention if rounds else ops.fused_attention,
             *flat,
             *(past_key, past_value, key_mask, _additive(editor, mask), cos, sin, sinks),
             *(heads, kv_heads, scale, causal, window, softcap),
             rotation.interleaved if rotation else False,
+            *(x for f in formats if rounds for x in (f.name, f.group_size)),
         )
         out, present_key, present_value = (
             editor.call(operator.getitem, fused, i) for i in range(3)
@@ -133,7 +139,7 @@ def _split_append(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
     """The past and the new positions of a key or value, if a cache holds it."""
     if not _is_append(node):
         return None, node
-    past, new = node.args
+    past, new = node.args[:2]
     assert isinstance(past, fx.Node)
     assert isinstance(new, fx.Node)
     return past, new
