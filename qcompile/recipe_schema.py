@@ -309,7 +309,7 @@ class Smooth(StepOptions):
         ignore: Patterns on names of weights; what one of them reads is not scaled.
     """
 
-    method: Literal["smoothquant", "awq", "os+"] = "smoothquant"
+    method: Literal["smoothquant", "awq", "os+", "preshift"] = "smoothquant"
     strength: float | None = Field(default=None, gt=0, lt=1)
     weights: WeightFormat = "int8"
     activations: Literal["float", "int2", "int3", "int4", "int5", "int6", "int7", "int8"] = "int8"

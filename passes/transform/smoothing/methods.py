@@ -83,8 +83,26 @@ class OsPlus(ScaleRule):
         return (seen.largest / threshold).clamp(min=1)
 
 
+class Preshift(ScaleRule):
+    """``2^-b``, b whole: small channels are lifted towards the largest one, by powers of two.
+
+    These are LLM-FP4's pre-shifted exponent biases of activations: b is what the channel's bias has
+    over the tensor's, ``min(round(log2(max over all / max|x|)), 2^E - 1)``, and goes into the
+    weights. Powers of two change no mantissa: floats before and after are the same numbers.
+
+    Source: Liu et al. 2023 (LLM-FP4, arXiv 2310.16836), section 4.2.
+    """
+
+    strengths = tuple(2.0 ** -(2**bits - 1) for bits in (1, 2, 3))
+
+    def scale(self, seen: Magnitudes, strength: float) -> Tensor:
+        """With ``2^(1 - 2^E)``, the smallest scale, = `strength`; other strengths likewise."""
+        largest = _positive(seen.largest)
+        return (largest / largest.max()).clamp(min=strength).log2().round().exp2()
+
+
 RULES: Mapping[str, ScaleRule] = MappingProxyType(
-    {"smoothquant": SmoothQuant(), "awq": Awq(), "os+": OsPlus()}
+    {"smoothquant": SmoothQuant(), "awq": Awq(), "os+": OsPlus(), "preshift": Preshift()}
 )
 """The rules by their names in recipes."""
 

@@ -29,7 +29,7 @@ from qcompile.passes.transform.smooth import Smooth
 from qcompile.passes.transform.smoothing.methods import RULES, Magnitudes
 from qcompile.passes.transform.smoothing.objective import row_energies
 
-METHODS = ("smoothquant", "awq", "os+")
+METHODS = ("smoothquant", "awq", "os+", "preshift")
 
 
 def magnitudes() -> Magnitudes:
@@ -45,6 +45,8 @@ def test_rules_follow_their_papers() -> None:
     # Square roots of 1/4, 25 and 1, over the root of the largest times the least.
     expected = torch.tensor([0.5, 5.0, 1.0], dtype=torch.float64) / 2.5**0.5
     torch.testing.assert_close(awq, expected)
+    lifted = RULES["preshift"].scale(seen, 2.0**-7)
+    assert torch.equal(lifted.log2(), lifted.log2().round().clamp(min=-7, max=0))
     beyond = RULES["os+"].scale(seen, 0.1)
     torch.testing.assert_close(beyond, torch.tensor([1.0, 10.0, 1.0], dtype=torch.float64))
 
