@@ -272,12 +272,13 @@ class _Work:
 
     def _matrices(self, job: Job, key: str) -> list[_Matrix]:
         weight = self._program.weights.materialize(job.name, torch.float32)
+        alone = not self._is_stack(job)
         met = ",".join(node.name for r in self._step.jobs[job] for node in r.nodes)
         return [
             _Matrix(
                 job,
                 index,
-                Task(name, matrix, job.format, job.scale_search),
+                Task(name, matrix, job.format, job.scale_search, alone=alone),
                 _key(key, met, str(index), digest_tensor(matrix), repr(job)),
             )
             for index, (name, matrix) in enumerate(matrices(job.name, weight))

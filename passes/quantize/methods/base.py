@@ -26,6 +26,8 @@ class Task:
         format: What is stored.
         scale_search: How scales are chosen.
         inputs: What was seen of its inputs; None for methods that ask for no statistics.
+        alone: Whether it is a weight of its own, which may be stored in any format, and not one
+            of a stack that shares a format.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Task:
     format: Format
     scale_search: ScaleSearch
     inputs: Inputs | None = None
+    alone: bool = True
 
     @property
     def seen(self) -> Inputs:

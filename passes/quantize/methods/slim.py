@@ -47,10 +47,12 @@ class Slim(Gptq):
     def quantize(self, task: Task) -> Outcome:
         """Chooses the groups, then sweeps; see `sweep_parts`.
 
-        Formats other than integers of 2 to 7 bits in groups are left to `Gptq`.
+        Formats other than integers of 2 to 7 bits in groups are left to `Gptq`, and so are experts.
         """
         base = task.format
-        if not isinstance(base, IntegerFormat) or not base.group_size or base.bits not in _BITS:
+        if not isinstance(base, IntegerFormat) or not task.alone:
+            return undivided(super().quantize(task), base)
+        if not base.group_size or base.bits not in _BITS:
             return undivided(super().quantize(task), base)
         pivots = self._pivots(task)
         salience = task.weight.square().sum(0) * pivots

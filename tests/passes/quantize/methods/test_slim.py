@@ -1,5 +1,7 @@
 """Bits move from groups that do not mind to groups that do, and their sum stays."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -94,6 +96,12 @@ def test_format_without_bits_to_move_is_left_to_gptq(format):
     plain = Gptq().quantize(task(weight, inputs, format))
     assert torch.equal(outcome.weight.tensors["codes"], plain.weight.tensors["codes"])
     assert outcome.notes == (f"nothing to divide in {format}",)
+
+
+def test_weight_of_a_stack_keeps_the_format_that_all_share():
+    weight, inputs = problem(UNEVEN)
+    shared = replace(task(weight, inputs, "int2-g16-asym"), alone=False)
+    assert str(Slim().quantize(shared).weight.format) == "int2-g16-asym"
 
 
 @pytest.mark.parametrize("seed", range(4))
