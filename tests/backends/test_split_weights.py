@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import qcompile as qc
+from qcompile.backends.registry import get_target
+from qcompile.formats.split import side_by_side
 from qcompile.legality import preflight
-from qcompile.passes.infra import PassManager
+from qcompile.passes.infra import Context, PassManager
 from qcompile.passes.lower.split_linears import SplitLinears
 from qcompile.passes.quantize.bits import count_bits
 from qcompile.pipeline import recipe_phases
@@ -93,3 +95,12 @@ def test_floats_beside_codes_are_refused_where_no_kernel_adds_them(program):
     found = preflight(program, recipe("int4-g16/1%fp16"), "cuda").findings
     reasons = {finding.reason for finding in found if "fp16" in finding.reason}
     assert reasons == {"int4-g16/1%fp16: the target has no kernel for floats beside codes"}
+
+
+def test_parts_are_layers_of_their_own_on_cuda(program):
+    before = quantized(program, FORMATS["outliers"])
+    ids = torch.from_numpy(IDS)
+    after = get_target("cuda:rounding=none").lower(before, Context())
+    assert all(side_by_side(node) is None for node in after.calls())
+    # Float32 sums in another order, over two layers.
+    torch.testing.assert_close(after(ids).logits, before(ids).logits, rtol=1e-4, atol=1e-4)
