@@ -24,6 +24,7 @@ from qcompile.formats import (
     ScalarFormat,
     SparseFormat,
     SplitFormat,
+    VectorFormat,
 )
 from qcompile.formats.dense import DenseFormat
 from qcompile.ir.program import Program
@@ -237,6 +238,8 @@ def _near(format: Format) -> Iterator[Format]:
     while isinstance(format, SplitFormat | SparseFormat):
         format = format.base
         yield format
+    if isinstance(format, VectorFormat):
+        format = IntegerFormat(-(-format.code_bits // format.dimension), format.group_size)
     if isinstance(format, LookupFormat):
         yield from (replace(format, group_size=size) for size in _near_groups(format.group_size))
         width = code_bits(format.table)

@@ -77,4 +77,7 @@ def test_size_is_predicted_to_the_byte(program, tmp_path) -> None:
 def test_tables_of_rows_are_refused_before_any_work(program, target) -> None:
     recipe = load_recipe({"steps": [{"quantize_weights": {"format": "higgs2x64-g32"}}]})
     found = preflight(program("llama-tied"), recipe, target)
-    assert ["embed_tokens" in finding.layer for finding in found.findings] == [True]
+    (finding,) = found.findings
+    assert "embed_tokens" in finding.layer
+    assert finding.remedy is not None
+    assert "use int3-g32" in finding.remedy
