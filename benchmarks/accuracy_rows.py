@@ -105,6 +105,8 @@ ROWS: Final[Mapping[str, Row]] = {
     "higgs-absmax": weights(HIGGS),
     "fp4": weights(FP4, scale_search="mse"),
     "llm-fp4": weights(FP4, method="llm_fp4"),
+    "rtn-budget": weights({"w3-g64": "int3-g64"}, scale_search="mse", target_bits=3.25),
+    "gptq-budget": weights({"w3-g64": "int3-g64"}, target_bits=3.25, **_GPTQ),
     "mxfp4": weights({"w4-g64": "mxfp4"}, scale_search="mse"),
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
