@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,7 +57,7 @@ def descend(
 
     A minibatch is judged by its loss over what the same windows lost at the start, so that easy and
     hard ones can be compared. In the end the best, the last and the first values are compared on
-    all data.
+    all data. Where there is no loss to lower, or none that is a number, nothing moves.
 
     Args:
         problem: Its learnables are changed.
@@ -67,7 +68,7 @@ def descend(
     learnables = problem.learnables
     at_start = problem.losses()
     before = _mean(at_start)
-    if not learnables or before == 0:
+    if not learnables or not 0 < before < math.inf:
         return Descended(before, before, 0)
     rule = _RULES[descent.rule](learnables)
     start = best = _snapshot(learnables)

@@ -7,6 +7,7 @@ learns to make of the inputs that it will really get what the float block makes 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from qcompile.analysis.stages import Stage, stages
 from qcompile.calibration.requests import linear_inputs
 from qcompile.calibration.settings import Calibration
 from qcompile.calibration.stream import Stream
+from qcompile.errors import ModelError
 from qcompile.ir.program import Program
 from qcompile.passes.quantize.calibrated import Finished, Job, Sequential
 from qcompile.passes.quantize.methods.base import Task
@@ -72,6 +74,7 @@ def quantize_blocks(
 
     Raises:
         DataError: There is no calibration data, or it does not fit.
+        ModelError: What a block computes is not finite.
         RecipeError: A format is none that the method can learn codes of.
     """
     data = calibration.inputs(program, f"method '{name}'")
@@ -195,7 +198,13 @@ def _learn(
     generator = torch.Generator().manual_seed(seed)
     found = descend(block, descent, generator, on_step=lambda: progress.advance(1, first))
     progress.advance(descent.steps - found.steps, first)
-    output_error = found.after / block.energy()
+    energy = block.energy()
+    if not math.isfinite(energy + found.before):
+        raise ModelError(
+            f"the output of the block of '{first}' is not finite on the calibration data",
+            remedy="its weights or its arithmetic overflow: check the model in float32",
+        )
+    output_error = found.after / energy if energy else 0.0
     learned = conclude(work.jobs, scales, scaled, present, output_error)
     if calibration.journal is not None:
         calibration.journal.put(key, learned.entry())

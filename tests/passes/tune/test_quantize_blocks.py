@@ -14,7 +14,7 @@ from tests.passes.transform.methods import calibrated, function_error, tiny
 from qcompile.calibration.journal import Journal
 from qcompile.calibration.settings import Calibration
 from qcompile.calibration.stream import Stream
-from qcompile.errors import DataError
+from qcompile.errors import DataError, ModelError
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
@@ -70,7 +70,7 @@ def block_errors(records: Records) -> list[float]:
 @pytest.mark.parametrize("method", ["signround", "omniquant"])
 @pytest.mark.parametrize("format", ["int4", "int2-g16-asym"])
 def test_blocks_come_nearer_to_the_float_model_than_by_rounding(method: str, format: str) -> None:
-    longer = {"steps": 40, "batch": 4}
+    longer = {"steps": 40, "batch": 2}
     _, learned = quantize(method, format, options=longer)
     _, rounded = quantize(method, format, options={"steps": 0, "batch": 4})
     assert len(block_errors(learned)) == 2
@@ -201,3 +201,34 @@ def test_missing_data_is_an_error_that_names_the_method() -> None:
     step = QuantizeWeights("int4-g16", method="signround", lm_head="float")
     with pytest.raises(DataError, match="method 'signround' needs calibration data"):
         PassManager([step]).run(model(), Context())
+
+
+def test_block_that_is_not_finite_is_an_error_that_names_it() -> None:
+    program = model().copy()
+    gain = program.weights.materialize("model.layers.1.input_layernorm.weight")
+    program.weights.put("model.layers.1.input_layernorm.weight", gain * float("inf"))
+    step = QuantizeWeights("int4-g16", method="signround", options=QUICK, lm_head="float")
+    with pytest.raises(ModelError, match=r"block of 'model\.layers\.1\.\w+\.\w+\.weight' is not"):
+        PassManager([step]).run(program, calibrated())
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture"),
+    [
+        ("omniquant", "gpt2"),
+        ("omniquant", "phi3"),
+        ("signround", "gemma2"),
+        ("signround", "mixtral"),
+    ],
+)
+def test_blocks_are_found_and_learned_in_other_architectures(
+    method: str, architecture: str
+) -> None:
+    step = QuantizeWeights(
+        "int4-g16", method=method, options=QUICK, lm_head="float", embedding="float"
+    )
+    _, records = PassManager([step]).run(tiny(architecture), calibrated())
+    details = records[0].result.details
+    learned = [record for record in details if record["method"] == method]
+    assert len(learned) >= 6
+    assert all(record["output_error"] > 0 for record in learned)
