@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -24,7 +24,6 @@ from qcompile.calibration.statistics import Hessian, Routed
 from qcompile.calibration.stream import Stream, digest_tensor
 from qcompile.formats import Format, ScaleSearch
 from qcompile.ir.program import Program
-from qcompile.passes.quantize.journal_entry import pack_outcome, unpack_outcome
 from qcompile.passes.quantize.layer_inputs import Seen, seen_inputs
 from qcompile.passes.quantize.methods import Method, Outcome, Task
 from qcompile.passes.quantize.quantized_matrix import (
@@ -35,7 +34,7 @@ from qcompile.passes.quantize.quantized_matrix import (
     remember,
 )
 from qcompile.passes.quantize.split_experts import split_experts
-from qcompile.passes.quantize.stacked import join, matrices
+from qcompile.passes.quantize.stacked import common_format, join, matrices
 from qcompile.progress import Progress
 
 Sequential = Literal["layer", "block", "none"]
@@ -217,6 +216,11 @@ class _Matrix:
     task: Task
     key: str
 
+    def stored_as(self, format: Format) -> _Matrix:
+        """The same in another format."""
+        task = replace(self.task, format=format)
+        return replace(self, task=task, key=_key(self.key, str(format)))
+
 
 class _Work:
     """One step: from the journal what it has, the rest from statistics."""
@@ -240,29 +244,51 @@ class _Work:
         self._reuse = sequential == "none"
         self._progress = progress
         self._observed = False
+        self._key = stream.key(step.values, again=self._again)
 
     def run(self) -> Iterator[Finished]:
         """The finished weights of the step, in the order of its jobs."""
-        key = self._stream.key(self._step.values, again=self._again)
-        todo = {job: self._matrices(job, key) for job in self._step.jobs}
-        known = {
-            matrix: recall(self._journal, matrix.key, matrix.task)
-            for matrices in todo.values()
-            for matrix in matrices
-        }
+        todo = {job: self._matrices(job) for job in self._step.jobs}
+        found = self._quantized([matrix for parts in todo.values() for matrix in parts])
+        for job, parts in todo.items():
+            made = self._of_one_format(parts, [found[part] for part in parts])
+            self._progress.advance(1, job.name)
+            yield _finish(job, made, self._is_stack(job))
+
+    def _quantized(
+        self, matrices: Sequence[_Matrix], *, settled: bool = False
+    ) -> dict[_Matrix, QuantizedMatrix]:
+        """Matrices quantized, or found in the journal; `settled` formats are left as they are."""
+        known = {matrix: recall(self._journal, matrix.key, matrix.task) for matrix in matrices}
         missing = [matrix for matrix, outcome in known.items() if outcome is None]
-        inputs = self._inputs(key) if missing else {}
+        inputs = self._inputs if missing else {}
 
         def quantize(matrix: _Matrix) -> QuantizedMatrix:
             seen = inputs[self._step.jobs[matrix.job]][matrix.index]
-            made = quantize_matrix(matrix.job.method, matrix.task, seen)
+            method = matrix.job.method
+            choose = method.quantize_as if settled else method.quantize
+            made = quantize_matrix(choose, matrix.task, seen)
             remember(self._journal, matrix.key, made)
             return made
 
         made = dict(zip(missing, list(ordered_map(quantize, missing)), strict=True))
-        for job, parts in todo.items():
-            self._progress.advance(1, job.name)
-            yield _finish(job, [known[part] or made[part] for part in parts], self._is_stack(job))
+        return {matrix: outcome or made[matrix] for matrix, outcome in known.items()}
+
+    def _of_one_format(
+        self, parts: Sequence[_Matrix], made: Sequence[QuantizedMatrix]
+    ) -> list[QuantizedMatrix]:
+        """The matrices of a weight: where a method chose other formats for some, chosen again."""
+        common = common_format([each.outcome.weight for each in made])
+        again = {
+            part: part.stored_as(common)
+            for part, each in zip(parts, made, strict=True)
+            if each.outcome.weight.format != common
+        }
+        settled = self._quantized(list(again.values()), settled=True)
+        return [
+            settled[again[part]] if part in again else each
+            for part, each in zip(parts, made, strict=True)
+        ]
 
     def go_on(self) -> None:
         """Lets data flow past the step."""
@@ -270,7 +296,7 @@ class _Work:
             step = self._step
             self._stream.skip(step.values, instead=step.boundary, again=self._again)
 
-    def _matrices(self, job: Job, key: str) -> list[_Matrix]:
+    def _matrices(self, job: Job) -> list[_Matrix]:
         weight = self._program.weights.materialize(job.name, torch.float32)
         alone = not self._is_stack(job)
         met = ",".join(node.name for r in self._step.jobs[job] for node in r.nodes)
@@ -279,7 +305,7 @@ class _Work:
                 job,
                 index,
                 Task(name, matrix, job.format, job.scale_search, alone=alone),
-                _key(key, met, str(index), digest_tensor(matrix), repr(job)),
+                _key(self._key, met, str(index), digest_tensor(matrix), repr(job)),
             )
             for index, (name, matrix) in enumerate(matrices(job.name, weight))
         ]
@@ -287,9 +313,10 @@ class _Work:
     def _is_stack(self, job: Job) -> bool:
         return self._step.jobs[job][0].routing is not None
 
-    def _inputs(self, key: str) -> dict[tuple[Request, ...], list[Seen]]:
+    @cached_property
+    def _inputs(self) -> dict[tuple[Request, ...], list[Seen]]:
         """What is seen of the inputs; float inputs may have been seen in an earlier run."""
-        found = self._recalled(key) if self._reuse else None
+        found = self._recalled() if self._reuse else None
         if found is None:
             found = self._stream.observe(
                 self._step.requests, again=self._again, stay=self._stay, on_batch=self._advance
@@ -297,7 +324,8 @@ class _Work:
             self._observed = True
             if self._reuse and self._journal is not None:
                 for request in self._step.requests:
-                    self._journal.put(_hessian_key(key, request), _statistic(found, request))
+                    key = _hessian_key(self._key, request)
+                    self._journal.put(key, _statistic(found, request))
         else:
             self._advance(self._stream.batches)
         return {
@@ -305,12 +333,14 @@ class _Work:
             for requests in dict.fromkeys(self._step.jobs.values())
         }
 
-    def _recalled(self, key: str) -> Statistics | None:
+    def _recalled(self) -> Statistics | None:
         """The statistics of the step, if the journal has them all."""
         found = Statistics()
         for request in self._step.requests:
             stored = (
-                None if self._journal is None else self._journal.get(_hessian_key(key, request))
+                None
+                if self._journal is None
+                else self._journal.get(_hessian_key(self._key, request))
             )
             if stored is None:
                 return None
@@ -328,27 +358,6 @@ def _finish(job: Job, parts: Sequence[QuantizedMatrix], stacked: bool) -> Finish
     outcome = join(job.name, [part.outcome for part in parts], stacked=stacked)
     errors = sum((part.errors for part in parts), Errors())
     return Finished(job, outcome, errors.relative_error, errors.output_error)
-
-
-def pack(finished: Finished) -> dict[str, Tensor]:
-    """A finished weight as a journal's entry; see `unpack`."""
-    facts = {
-        "relative_error": finished.relative_error,
-        "output_error": finished.output_error,
-    }
-    return pack_outcome(finished.outcome, facts)
-
-
-def unpack(job: Job, shape: tuple[int, ...], entry: Mapping[str, Tensor]) -> Finished:
-    """The finished weight of a journal's entry.
-
-    Args:
-        job: What was to be done.
-        shape: Of the weight.
-        entry: What `pack` made of it.
-    """
-    outcome, facts = unpack_outcome(job.format, shape, entry)
-    return Finished(job, outcome, **facts)
 
 
 def _hessian_key(key: str, request: Request) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qcompile.errors import RecipeError
+from qcompile.formats import Format, QuantizedWeight
 from qcompile.formats.base import ScalarFormat
 from qcompile.passes.quantize.methods import Method, Outcome, Task
 
@@ -47,6 +48,12 @@ def join(name: str, outcomes: Sequence[Outcome], *, stacked: bool) -> Outcome:
             remedy="give experts an integer or lookup format in 'overrides', or 'ignore' them",
         )
     return Outcome(format.stack([o.weight for o in outcomes]), _fold_notes(outcomes))
+
+
+def common_format(weights: Sequence[QuantizedWeight]) -> Format:
+    """The format that most of some weights have; of several such, the one that comes first."""
+    formats = [weight.format for weight in weights]
+    return max(formats, key=formats.count)
 
 
 def quantize_stacked(method: Method, task: Task) -> Outcome:

@@ -66,6 +66,14 @@ class LlmFp4(Method):
         _, best = min(tried, key=lambda found: found[0])
         return Outcome(best)
 
+    def quantize_as(self, task: Task) -> Outcome:
+        """Searches biases only."""
+        if not splits(task.format):
+            return self.quantize(task)
+        assert isinstance(task.format, LookupFormat)
+        moments = task.seen.hessian.matrix.to(torch.float32)
+        return Outcome(self._quantize(task, task.format, moments)[1])
+
     def _quantize(
         self, task: Task, format: LookupFormat, moments: Tensor
     ) -> tuple[float, QuantizedWeight]:

@@ -18,6 +18,7 @@ from qcompile.passes.quantize.layers import Part, layer_weights
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hessian import Inputs
+from qcompile.passes.quantize.methods.llm_fp4 import LlmFp4
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
 
@@ -215,3 +216,26 @@ def test_formats_of_single_matrices_leave_experts_float():
     )
     reasons = {skip.node: skip.reason for skip in records[0].result.skips}
     assert reasons["up"] == "format int4-g16+2xfp16 stores single matrices, no stacks"
+
+
+def test_method_that_chooses_formats_gives_all_experts_the_one_that_most_would_take(tmp_path):
+    program = experts()
+    up = program.weights.materialize("up").clone()
+    up[2] = torch.randn(48, 32).sign() * torch.exp2(torch.randint(-3, 4, (48, 32)).float())
+    program.weights.put("up", up)
+    samples = list(torch.randn(3, 128, 32))
+    step = QuantizeWeights("fp4", method="llm_fp4", ignore=["router*", "shared*"])
+    context = Context(calibration=Calibration(ExampleInputs(samples), journal=Journal(tmp_path)))
+    after = PassManager([step]).run(program, context)[0]
+    call = next(after.calls(dialect.experts))
+    format = stored_weight(call.args[3]).format
+    rows = torch.cat(list(routed_rows(program, samples, 2)))
+    hessian = Hessian()
+    hessian.update(rows)
+    task = Task("w", up[2], format, "absmax", Inputs(hessian))
+    assert LlmFp4().quantize(task).weight.format == parse_format("e3m0")
+    assert format != parse_format("e3m0")
+    expected = format.decode(LlmFp4().quantize_as(task).weight)
+    torch.testing.assert_close(decoded(after, "up")[2], expected)
+    again = PassManager([step]).run(program, context)[0]  # from the journal
+    assert torch.equal(decoded(again, "up"), decoded(after, "up"))
