@@ -36,7 +36,14 @@ from qcompile.passes.quantize.layers import Part
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations as RoundActivations
 from qcompile.pipeline import make_pass
 from qcompile.planning import PlannedWeight, WeightPlan, plan, plan_transforms, plan_weights
-from qcompile.recipe import DEFAULT_RECIPE, QuantizeActivations, QuantizeCache, Recipe, load_recipe
+from qcompile.recipe import (
+    DEFAULT_RECIPE,
+    QuantizeActivations,
+    QuantizeCache,
+    QuantizeWeights,
+    Recipe,
+    load_recipe,
+)
 
 SCHEMA_VERSION = 1
 """Of `Preflight.to_dict`."""
@@ -170,7 +177,7 @@ def preflight(
         tuple(_verdicts(weights, bits, records, findings)),
         tuple(findings),
         tuple(_warnings(weights, recipe)),
-        tuple(_notes(program)),
+        tuple(_notes(program, recipe)),
         predicted,
     )
 
@@ -340,8 +347,13 @@ def _warnings(weights: WeightPlan, recipe: Recipe) -> Iterator[str]:
         yield "the recipe quantizes no weight of this model"
 
 
-def _notes(program: Program) -> Iterator[str]:
+def _notes(program: Program, recipe: Recipe) -> Iterator[str]:
     yield from program.notes
+    if any(isinstance(o := s.options, QuantizeWeights) and o.has_budget for s in recipe.steps):
+        yield (
+            "formats are chosen for a budget, by sensitivities that are measured when the model is "
+            "compiled: those shown come as near to it as if all layers were alike"
+        )
     if not program.signature.is_causal_lm:
         yield "the model keeps no cache: it runs, but 'qcompile run' cannot generate text with it"
 

@@ -169,6 +169,7 @@ def test_planned_size_comes_near_the_budget(llama: Program) -> None:
     step = {"format": "int4-g32", "target_bits": 3.9, **FLOAT}
     found = preflight(llama, load_recipe({"steps": [{"quantize_weights": step}]}), "cpu")
     assert found.legal
+    assert any("formats are chosen for a budget" in note for note in found.notes)
     linears = [layer for layer in found.layers if layer.format != "float32"]
     sizes = [layer.shape[0] * layer.shape[1] for layer in linears]
     bits = sum(layer.bits_per_weight * n for layer, n in zip(linears, sizes, strict=True))
