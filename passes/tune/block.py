@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from qcompile.calibration.parallel import fast_products, ordered_map
-from qcompile.calibration.stream import Piece, Stream, compute_node
+from qcompile.calibration.part import Piece, compute_node
+from qcompile.calibration.stream import Stream
 from qcompile.formats import QuantizedWeight
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.methods.block import Learnable, WeightLearner

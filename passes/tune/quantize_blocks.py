@@ -18,6 +18,7 @@ from torch import fx
 from qcompile.analysis.families import PortRole
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.analysis.stages import Stage, stages
+from qcompile.calibration.journal import Journal
 from qcompile.calibration.requests import linear_inputs
 from qcompile.calibration.settings import Calibration
 from qcompile.calibration.stream import Stream
@@ -97,8 +98,10 @@ def quantize_blocks(
     scales: list[SiteScales] = []
     with stream() as targets, stream() as inputs:
         progress.stage("learn blocks", len(work) * method.descent.steps)
+        journal = calibration.journal
+        learner = _Learner(program, method, seed, journal, targets, inputs, progress)
         for each in work:
-            learned = _learn(program, each, method, seed, calibration, targets, inputs, progress)
+            learned = learner.learn(each)
             if sequential != "none":
                 for weight, value in learned.values.items():
                     inputs.override(weight, value)
@@ -164,52 +167,72 @@ def _output(stage: Stage) -> fx.Node:
     return next(node for node in stage.outputs if node.meta["val"].is_floating_point())
 
 
-def _learn(
-    program: Program,
-    work: _Work,
-    method: BlockMethod,
-    seed: int,
-    calibration: Calibration,
-    targets: Stream,
-    inputs: Stream,
-    progress: Progress,
-) -> Learned:
-    """One block: from the journal, or by descent."""
-    descent = method.descent
-    scales = [SiteScales(site, descent.scale_rate) for site in work.sites]
-    weights = {
-        name: program.weights.materialize(name, torch.float32).clone() for name in work.weights
-    }
-    scaled = ScaledWeights(scales, {name: tuple(w.shape) for name, w in weights.items()})
-    sources = (targets.key([work.output]), inputs.key([work.output]))
-    key = _key(*sources, str(seed), str(has_narrow_products()), *map(repr, work.jobs))
-    entry = None if calibration.journal is None else calibration.journal.get(key)
-    first = work.jobs[0].name
-    if entry is not None:
-        targets.skip([work.output])
-        progress.advance(descent.steps, first)
-        return recall(work.jobs, scales, scaled, weights, entry)
-    tasks = [Task(job.name, weights[job.name], job.format, job.scale_search) for job in work.jobs]
-    learners = {task.name: method.learner(task) for task in tasks}
-    present = LearnedWeights(weights, learners, scaled)
-    targets.reach([work.output])
-    piece = inputs.piece([work.output])
-    block = Block(piece, inputs, targets, work.output, present, descent.activation_bits)
-    generator = torch.Generator().manual_seed(seed)
-    found = descend(block, descent, generator, on_step=lambda: progress.advance(1, first))
-    progress.advance(descent.steps - found.steps, first)
-    energy = block.energy()
-    if not math.isfinite(energy + found.before):
-        raise ModelError(
-            f"the output of the block of '{first}' is not finite on the calibration data",
-            remedy="its weights or its arithmetic overflow: check the model in float32",
-        )
-    output_error = found.after / energy if energy else 0.0
-    learned = conclude(work.jobs, scales, scaled, present, output_error)
-    if calibration.journal is not None:
-        calibration.journal.put(key, learned.entry())
-    return learned
+@dataclass(frozen=True, eq=False)
+class _Learner:
+    """Learns one block after the other.
 
+    Attributes:
+        program: The float program.
+        method: What is learned, and how.
+        seed: Orders the data.
+        journal: What is known already.
+        targets: The float model on its way over the data.
+        inputs: The model as it is quantized so far on its way.
+        progress: Told of each step.
+    """
 
-def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join(("block", *parts)).encode()).hexdigest()
+    program: Program
+    method: BlockMethod
+    seed: int
+    journal: Journal | None
+    targets: Stream
+    inputs: Stream
+    progress: Progress
+
+    def learn(self, work: _Work) -> Learned:
+        """What is learned of a block: from the journal, or by descent."""
+        scales = [SiteScales(site, self.method.descent.scale_rate) for site in work.sites]
+        weights = {
+            name: self.program.weights.materialize(name, torch.float32).clone()
+            for name in work.weights
+        }
+        scaled = ScaledWeights(scales, {name: tuple(w.shape) for name, w in weights.items()})
+        key = self._key(work)
+        entry = None if self.journal is None else self.journal.get(key)
+        if entry is not None:
+            self.targets.skip([work.output])
+            self.progress.advance(self.method.descent.steps, work.jobs[0].name)
+            return recall(work.jobs, scales, scaled, weights, entry)
+        tasks = [Task(j.name, weights[j.name], j.format, j.scale_search) for j in work.jobs]
+        learners = {task.name: self.method.learner(task) for task in tasks}
+        present = LearnedWeights(weights, learners, scaled)
+        output_error = self._descend(work, present)
+        learned = conclude(work.jobs, scales, scaled, present, output_error)
+        if self.journal is not None:
+            self.journal.put(key, learned.entry())
+        return learned
+
+    def _descend(self, work: _Work, present: LearnedWeights) -> float:
+        """Learns; the relative error of the block's output that is left."""
+        descent, first = self.method.descent, work.jobs[0].name
+        self.targets.reach([work.output])
+        piece = self.inputs.piece([work.output])
+        bits = descent.activation_bits
+        block = Block(piece, self.inputs, self.targets, work.output, present, bits)
+        generator = torch.Generator().manual_seed(self.seed)
+        found = descend(block, descent, generator, on_step=lambda: self.progress.advance(1, first))
+        self.progress.advance(descent.steps - found.steps, first)
+        energy = block.energy()
+        if not math.isfinite(energy + found.before):
+            raise ModelError(
+                f"the output of the block of '{first}' is not finite on the calibration data",
+                remedy="its weights or its arithmetic overflow: check the model in float32",
+            )
+        return found.after / energy if energy else 0.0
+
+    def _key(self, work: _Work) -> str:
+        """A hash of all that decides about a block."""
+        streams = (stream.key([work.output]) for stream in (self.targets, self.inputs))
+        jobs = map(repr, work.jobs)
+        parts = ("block", *streams, str(self.seed), str(has_narrow_products()), *jobs)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
