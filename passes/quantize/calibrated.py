@@ -18,10 +18,11 @@ from torch import Tensor, fx
 from qcompile.analysis.stages import stages
 from qcompile.calibration.journal import Journal
 from qcompile.calibration.parallel import ordered_map
+from qcompile.calibration.part import digest_tensor
 from qcompile.calibration.requests import Request, Statistics, layer_requests
 from qcompile.calibration.settings import Calibration
 from qcompile.calibration.statistics import Hessian, Routed
-from qcompile.calibration.stream import Stream, digest_tensor
+from qcompile.calibration.stream import Stream
 from qcompile.formats import Format, ScaleSearch
 from qcompile.ir.program import Program
 from qcompile.passes.quantize.layer_inputs import Seen, seen_inputs

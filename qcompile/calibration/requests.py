@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from qcompile.calibration.statistics import Routed, Statistic
 from qcompile.ir import dialect
@@ -144,3 +145,41 @@ def layer_requests(
             name = str(weight.target)
             found[name] = tuple(dict.fromkeys((*found.get(name, ()), request)))
     return found
+
+
+def empty_statistic(request: Request) -> Statistic | Routed:
+    """What is requested, before anything was seen."""
+    if request.routing is None:
+        return request.statistic()
+    return Routed(request.statistic, request.routing.experts)
+
+
+def see(request: Request, env: Mapping[fx.Node, Any]) -> Statistic | Routed:
+    """What one micro-batch has of a value.
+
+    Args:
+        request: What is wanted of which value.
+        env: Values of the micro-batch.
+    """
+    seen, value = empty_statistic(request), env[request.value]
+    if isinstance(seen, Routed):
+        assert request.routing is not None
+        seen.update(value.to(torch.float32), env[request.routing.index])
+    else:
+        seen.update(rows_of(value, request.channels))
+    return seen
+
+
+def rows_of(value: Tensor, channels: tuple[int, ...] = (-1,)) -> Tensor:
+    """A value as float32 [rows, channels].
+
+    Args:
+        value: Any shape.
+        channels: The axes that are channels; the others, in order, are rows.
+    """
+    axes = [axis % value.ndim for axis in channels]
+    others = [axis for axis in range(value.ndim) if axis not in axes]
+    if axes != list(range(value.ndim - len(axes), value.ndim)):
+        value = value.permute(*others, *axes)
+    width = math.prod(value.shape[len(others) :])
+    return value.reshape(-1, width).to(torch.float32)

@@ -11,8 +11,6 @@ thread, results are added up in order, and a value is the same in memory and in 
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,17 +21,29 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.analysis.stages import Flow
-from qcompile.calibration.attention import attention
 from qcompile.calibration.parallel import fast_products, ordered_map
-from qcompile.calibration.requests import Request, Statistics, layer_requests, linear_inputs
+from qcompile.calibration.part import (
+    Part,
+    Piece,
+    Prepared,
+    compute_node,
+    digest,
+    digest_value,
+)
+from qcompile.calibration.requests import (
+    Request,
+    Statistics,
+    empty_statistic,
+    layer_requests,
+    linear_inputs,
+    see,
+)
 from qcompile.calibration.samples import CalibrationData
 from qcompile.calibration.statistics import Routed, Statistic
 from qcompile.calibration.store import ActivationStore, release_freed_memory
-from qcompile.errors import DataError, ModelError
+from qcompile.errors import ModelError
 from qcompile.formats.row_blocks import operators_on_one_thread
-from qcompile.ir import dialect
 from qcompile.ir.program import Program
-from qcompile.ir.text import format_target
 
 Hook = Callable[[Tensor], Tensor]
 """What becomes of a value as soon as it is computed, such as rounding it."""
@@ -60,9 +70,6 @@ class NumericPlan:
 
 
 DEFAULT_PLAN = NumericPlan()
-
-_FASTER: Mapping[Any, Callable[..., Any]] = {dialect.attention: attention}
-"""What is computed in place of references that are slow on long inputs."""
 
 
 class Stream:
@@ -104,10 +111,10 @@ class Stream:
         self._needed = self._ancestors(self._pending, set())
         self._computed = {n for n in program.graph.nodes if n.op == "placeholder"}
         self._overrides: dict[str, Callable[[], Tensor]] = {}
-        self._skipped: list[tuple[_Part, dict[str, Callable[[], Tensor]]]] = []
+        self._skipped: list[tuple[Part, dict[str, Callable[[], Tensor]]]] = []
         self._held: tuple[fx.Node, ...] = ()
-        self._prepared: _Prepared | None = None
-        self._key = _digest(data.fingerprint(), repr(sorted(plan.key().items())))
+        self._prepared: Prepared | None = None
+        self._key = digest(data.fingerprint(), repr(sorted(plan.key().items())))
         self._store = ActivationStore(memory_limit, work_directory)
         bound = data.batches(program, plan.batch_tokens)
         self.batches = len(bound)
@@ -240,7 +247,7 @@ class Stream:
 
     def _run(
         self,
-        part: _Part,
+        part: Part,
         constants: Mapping[fx.Node, Any],
         requests: Sequence[Request],
         stay: bool,
@@ -254,10 +261,10 @@ class Stream:
                 env[node] = self._compute(node, env)
                 for value in part.releases.get(node, ()):
                     del env[value]
-            seen = [_see(request, env) for request in requests]
+            seen = [see(request, env) for request in requests]
             return ({} if stay else {node: env[node] for node in part.keeps}), seen
 
-        totals = [_empty(request) for request in requests]
+        totals = [empty_statistic(request) for request in requests]
         with fast_products():
             for batch, (values, seen) in enumerate(ordered_map(compute, range(self.batches))):
                 for total, more in zip(totals, seen, strict=True):
@@ -270,7 +277,7 @@ class Stream:
                     on_batch()
         return totals
 
-    def _prepare(self, values: Sequence[fx.Node], *, leaving: Sequence[fx.Node]) -> _Prepared:
+    def _prepare(self, values: Sequence[fx.Node], *, leaving: Sequence[fx.Node]) -> Prepared:
         """The part that leads to some values, its weights in memory, and the key of it all.
 
         Args:
@@ -283,17 +290,17 @@ class Stream:
             release_freed_memory()
             part = self._part(values, leaving)
             constants = self._constants(part.nodes, self._overrides)
-            contents = [part.text(), *(_digest_value(v) for v in constants.values())]
-            self._prepared = _Prepared(asked, part, constants, _digest(self._key, *contents))
+            contents = [part.text(), *(digest_value(v) for v in constants.values())]
+            self._prepared = Prepared(asked, part, constants, digest(self._key, *contents))
         return self._prepared
 
-    def _advance(self, prepared: _Prepared, values: Iterable[fx.Node]) -> None:
+    def _advance(self, prepared: Prepared, values: Iterable[fx.Node]) -> None:
         self._key = prepared.key
         self._computed.update(prepared.part.nodes)
         self._pending.difference_update(values)
         self._prepared = None
 
-    def _part(self, values: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> _Part:
+    def _part(self, values: Sequence[fx.Node], leaving: Sequence[fx.Node]) -> Part:
         """What has to run for some values to be known."""
         unknown = [value.name for value in leaving if value not in self._pending]
         if unknown:
@@ -311,7 +318,7 @@ class Stream:
             if value not in self._constant and value not in live and value not in values:
                 releases.setdefault(reader, []).append(value)
         drops = tuple(node for node in reads if node not in live)
-        return _Part(tuple(nodes), reads, keeps, drops, releases)
+        return Part(tuple(nodes), reads, keeps, drops, releases)
 
     def _live(self, computed: set[fx.Node], pending: set[fx.Node]) -> set[fx.Node]:
         """Computed values that lead to the pending ones."""
@@ -388,133 +395,5 @@ class Stream:
         ]
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A part of a program, for those who compute it themselves.
-
-    Attributes:
-        nodes: What is to be computed, in order.
-        reads: Values from before that it needs; they are in the stream.
-        constants: Values that it needs and that depend on weights alone.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    reads: tuple[fx.Node, ...]
-    constants: Mapping[fx.Node, Any]
-
-
-def compute_node(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-    """The value of a call, with what is fast on long inputs in place of slow references.
-
-    Args:
-        node: The call.
-        env: Values of its operands.
-
-    Raises:
-        DataError: It cannot be called on these values.
-    """
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-    try:
-        return _FASTER.get(node.target, node.target)(*args, **kwargs)  # type: ignore[operator]
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(
-            f"node '{node.name}' ({format_target(node.target)}) cannot run on the calibration "
-            f"data: {reason[0]}",
-            remedy="check that the data belongs to the model: its tokenizer, its input shapes",
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of a program that runs at once.
-
-    Attributes:
-        nodes: What is computed, in order.
-        reads: Values from before that it needs.
-        keeps: Values of it that are needed later.
-        drops: Values from before that nobody needs any more.
-        releases: After which node which values are not needed within the part any more.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    reads: tuple[fx.Node, ...]
-    keeps: tuple[fx.Node, ...]
-    drops: tuple[fx.Node, ...]
-    releases: Mapping[fx.Node, Sequence[fx.Node]]
-
-    def text(self) -> str:
-        """The nodes as text: equal for parts that compute the same of the same."""
-        return "\n".join(
-            f"{node.name} = {format_target(node.target)}{node.args}{node.kwargs}"
-            for node in self.nodes
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A part that is ready to run, or to be skipped.
-
-    Attributes:
-        asked: What it was to lead to, and which targets nobody will ask for after that.
-        part: What runs.
-        constants: What that reads that depends on weights alone.
-        key: A hash of all that decides about its values.
-    """
-
-    asked: tuple[tuple[fx.Node, ...], tuple[fx.Node, ...]]
-    part: _Part
-    constants: Mapping[fx.Node, Any]
-    key: str
-
-
 def _without(values: Sequence[fx.Node], others: Collection[fx.Node]) -> list[fx.Node]:
     return [value for value in values if value not in others]
-
-
-def _empty(request: Request) -> Statistic | Routed:
-    if request.routing is None:
-        return request.statistic()
-    return Routed(request.statistic, request.routing.experts)
-
-
-def _see(request: Request, env: Mapping[fx.Node, Any]) -> Statistic | Routed:
-    """What one micro-batch has of a value."""
-    seen, value = _empty(request), env[request.value]
-    if isinstance(seen, Routed):
-        assert request.routing is not None
-        seen.update(value.to(torch.float32), env[request.routing.index])
-    else:
-        seen.update(rows_of(value, request.channels))
-    return seen
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _digest_value(value: Any) -> str:
-    return digest_tensor(value) if isinstance(value, Tensor) else repr(value)
-
-
-def digest_tensor(tensor: Tensor) -> str:
-    """A hash of a tensor's shape, dtype and contents."""
-    digest = hashlib.sha256(f"{tuple(tensor.shape)}:{tensor.dtype}".encode())
-    content = tensor.detach().contiguous().flatten().view(torch.uint8)
-    digest.update(content.numpy().data)
-    return digest.hexdigest()
-
-
-def rows_of(value: Tensor, channels: tuple[int, ...] = (-1,)) -> Tensor:
-    """A value as float32 [rows, channels].
-
-    Args:
-        value: Any shape.
-        channels: The axes that are channels; the others, in order, are rows.
-    """
-    axes = [axis % value.ndim for axis in channels]
-    others = [axis for axis in range(value.ndim) if axis not in axes]
-    if axes != list(range(value.ndim - len(axes), value.ndim)):
-        value = value.permute(*others, *axes)
-    width = math.prod(value.shape[len(others) :])
-    return value.reshape(-1, width).to(torch.float32)

@@ -3,9 +3,10 @@
 import torch
 
 from qcompile.analysis.stages import stages
+from qcompile.calibration.part import compute_node
 from qcompile.calibration.requests import Request
 from qcompile.calibration.statistics import Rows
-from qcompile.calibration.stream import Stream, compute_node
+from qcompile.calibration.stream import Stream
 
 
 def boundaries(program):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompile.calibration.part import digest_tensor
 from qcompile.calibration.settings import Calibration
-from qcompile.calibration.stream import digest_tensor
 from qcompile.ir.program import Program
 from qcompile.passes.quantize.allocation.probe import Change, Probe
 from qcompile.progress import Progress
