@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -88,16 +88,18 @@ def find_sites(program: Program) -> list[Site]:
     bases = map_bases(program)
     order = {str(node.target): i for i, node in enumerate(program.parameters())}
     found: dict[tuple[Port, ...], dict[Family, Basis]] = {}
+    places: dict[tuple[Family, _Place], Basis] = {}
     for family in Family:
         for basis in bases.axes.bases(family):
             if _is_closed(basis):
                 key = tuple(sorted(basis.ports, key=_order))
                 found.setdefault(key, {})[family] = basis
+            places |= {(family, _place(port)): basis for port in basis.ports}
     norms = _norms_by_weight(bases)
     merged: dict[tuple[object, ...], list[tuple[tuple[Port, ...], dict[Family, Basis]]]] = {}
     for key, by_family in found.items():
         merged.setdefault(_pattern(key, by_family), []).append((key, by_family))
-    sites = [_site(blocks, norms) for blocks in merged.values()]
+    sites = [_site(blocks, norms, places) for blocks in merged.values()]
     return sorted(
         sites, key=lambda site: min(order.get(port.weight, len(order)) for port in site.ports)
     )
@@ -120,17 +122,40 @@ def _pattern(key: tuple[Port, ...], by_family: dict[Family, Basis]) -> tuple[obj
     return (frozenset(ports), frozenset(by_family))
 
 
+_Place = tuple[str, int, int]
+"""A stretch of a weight's axis: the weight, the axis, where it starts."""
+
+
+def _place(port: Port) -> _Place:
+    return (port.weight, port.axis, port.start)
+
+
+def _open_blockers(
+    key: tuple[Port, ...], family: Family, places: Mapping[tuple[Family, _Place], Basis]
+) -> list[Blocker]:
+    """Why a family leads from no source of a site to any sink, if that is so."""
+    met = [(p, places[family, _place(p)]) for p in key if (family, _place(p)) in places]
+    if any(port.role is PortRole.SOURCE and _is_closed(basis) for port, basis in met):
+        return []
+    ends = [basis for _, basis in met if not _is_closed(basis)]
+    return list(dict.fromkeys(blocker for basis in ends for blocker in basis.blockers))
+
+
 def _site(
-    blocks: list[tuple[tuple[Port, ...], dict[Family, Basis]]], norms: dict[str, tuple[str, bool]]
+    blocks: list[tuple[tuple[Port, ...], dict[Family, Basis]]],
+    norms: dict[str, tuple[str, bool]],
+    places: Mapping[tuple[Family, _Place], Basis],
 ) -> Site:
     blockers: list[Blocker] = []
     legal = set(Family)
     planes = None
-    for _, by_family in blocks:
+    for key, by_family in blocks:
         legal &= {family for family, basis in by_family.items() if not basis.blockers}
         for basis in by_family.values():
             blockers += [blocker for blocker in basis.blockers if blocker not in blockers]
             planes = planes or basis.planes
+        for family in (family for family in Family if family not in by_family):
+            blockers += [b for b in _open_blockers(key, family, places) if b not in blockers]
     names = {port.weight for key, _ in blocks for port in key if port.role is PortRole.SINK}
     met = sorted({norms[name] for name in names if name in norms})
     needed = met if Family.ORTHOGONAL in legal else []

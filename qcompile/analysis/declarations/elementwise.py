@@ -60,6 +60,8 @@ _SCALED = "it is scaled, and a shift would be, too"
 
 
 def _add_vector(bases: BasisMap, node: fx.Node, x: fx.Node, vector: fx.Node) -> list[fx.Node]:
+    if rank_of(vector) == 0 or rank_of(x) == 0:
+        return []
     last = (rank_of(node) - 1,)
     fits = size_of(vector, (rank_of(vector) - 1,)) == size_of(node, last)
     if not fits or rank_of(x) != rank_of(node):
@@ -99,6 +101,8 @@ def _gain(bases: BasisMap, node: fx.Node, x: fx.Node, gain: fx.Node) -> list[fx.
         bases.give(node, dims, axis)
         bases.axes.block(axis, node.name, _SCALED, {S})
         return [x]
+    if rank_of(x) == 0:
+        return []
     last = (rank_of(x) - 1,)
     if {size_of(gain, (rank_of(gain) - 1,)), elements_of(gain)} != {size_of(x, last)}:
         return []
