@@ -14,6 +14,7 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Role
 from qcompile.kernels.quantize.reference import dynamic_scale
 from qcompile.passes.quantize.layers import LINEAR, output_projection
+from qcompile.passes.tune.fake_quantize import straight_through
 
 Weights = Callable[[str, Tensor], Tensor]
 """Makes of a weight's name and its numbers what the program computes with."""
@@ -71,7 +72,7 @@ def round_straight_through(x: Tensor, bits: int) -> Tensor:
     """
     scale = dynamic_scale(x, bits, 0)
     steps = x / scale
-    return (steps + (steps.round() - steps).detach()) * scale
+    return straight_through(steps, steps.detach().round()) * scale
 
 
 def next_token_loss(program: Program, run: Interpreter, inputs: Sequence[Tensor]) -> Tensor:
