@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,7 +35,7 @@ from qcompile.passes.quantize.quantized_matrix import (
     remember,
 )
 from qcompile.passes.quantize.split_experts import split_experts
-from qcompile.passes.quantize.stacked import common_format, join, matrices
+from qcompile.passes.quantize.stacked import join, matrices
 from qcompile.progress import Progress
 
 Sequential = Literal["layer", "block", "none"]
@@ -217,11 +217,6 @@ class _Matrix:
     task: Task
     key: str
 
-    def stored_as(self, format: Format) -> _Matrix:
-        """The same in another format."""
-        task = replace(self.task, format=format)
-        return replace(self, task=task, key=_key(self.key, str(format)))
-
 
 class _Work:
     """One step: from the journal what it has, the rest from statistics."""
@@ -250,46 +245,24 @@ class _Work:
     def run(self) -> Iterator[Finished]:
         """The finished weights of the step, in the order of its jobs."""
         todo = {job: self._matrices(job) for job in self._step.jobs}
-        found = self._quantized([matrix for parts in todo.values() for matrix in parts])
-        for job, parts in todo.items():
-            made = self._of_one_format(parts, [found[part] for part in parts])
-            self._progress.advance(1, job.name)
-            yield _finish(job, made, self._is_stack(job))
-
-    def _quantized(
-        self, matrices: Sequence[_Matrix], *, settled: bool = False
-    ) -> dict[_Matrix, QuantizedMatrix]:
-        """Matrices quantized, or found in the journal; `settled` formats are left as they are."""
-        known = {matrix: recall(self._journal, matrix.key, matrix.task) for matrix in matrices}
+        known = {
+            matrix: recall(self._journal, matrix.key, matrix.task)
+            for parts in todo.values()
+            for matrix in parts
+        }
         missing = [matrix for matrix, outcome in known.items() if outcome is None]
-        inputs = self._inputs if missing else {}
+        inputs = self._inputs() if missing else {}
 
         def quantize(matrix: _Matrix) -> QuantizedMatrix:
             seen = inputs[self._step.jobs[matrix.job]][matrix.index]
-            method = matrix.job.method
-            choose = method.quantize_as if settled else method.quantize
-            made = quantize_matrix(choose, matrix.task, seen)
+            made = quantize_matrix(matrix.job.method, matrix.task, seen)
             remember(self._journal, matrix.key, made)
             return made
 
         made = dict(zip(missing, list(ordered_map(quantize, missing)), strict=True))
-        return {matrix: outcome or made[matrix] for matrix, outcome in known.items()}
-
-    def _of_one_format(
-        self, parts: Sequence[_Matrix], made: Sequence[QuantizedMatrix]
-    ) -> list[QuantizedMatrix]:
-        """The matrices of a weight: where a method chose other formats for some, chosen again."""
-        common = common_format([each.outcome.weight for each in made])
-        again = {
-            part: part.stored_as(common)
-            for part, each in zip(parts, made, strict=True)
-            if each.outcome.weight.format != common
-        }
-        settled = self._quantized(list(again.values()), settled=True)
-        return [
-            settled[again[part]] if part in again else each
-            for part, each in zip(parts, made, strict=True)
-        ]
+        for job, parts in todo.items():
+            self._progress.advance(1, job.name)
+            yield _finish(job, [known[part] or made[part] for part in parts], self._is_stack(job))
 
     def go_on(self) -> None:
         """Lets data flow past the step."""
@@ -314,7 +287,6 @@ class _Work:
     def _is_stack(self, job: Job) -> bool:
         return self._step.jobs[job][0].routing is not None
 
-    @cached_property
     def _inputs(self) -> dict[tuple[Request, ...], list[Seen]]:
         """What is seen of the inputs; float inputs may have been seen in an earlier run."""
         found = self._recalled() if self._reuse else None
@@ -338,11 +310,8 @@ class _Work:
         """The statistics of the step, if the journal has them all."""
         found = Statistics()
         for request in self._step.requests:
-            stored = (
-                None
-                if self._journal is None
-                else self._journal.get(_hessian_key(self._key, request))
-            )
+            key = _hessian_key(self._key, request)
+            stored = None if self._journal is None else self._journal.get(key)
             if stored is None:
                 return None
             if request.routing is None:

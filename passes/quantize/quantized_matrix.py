@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -12,7 +11,7 @@ from qcompile.calibration.journal import Journal
 from qcompile.formats import relative_error
 from qcompile.passes.quantize.journal_entry import pack_outcome, unpack_outcome
 from qcompile.passes.quantize.layer_inputs import Seen
-from qcompile.passes.quantize.methods import Outcome, Task
+from qcompile.passes.quantize.methods import Method, Outcome, Task
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,15 @@ class QuantizedMatrix:
     errors: Errors
 
 
-def quantize_matrix(choose: Callable[[Task], Outcome], task: Task, seen: Seen) -> QuantizedMatrix:
+def quantize_matrix(method: Method, task: Task, seen: Seen) -> QuantizedMatrix:
     """Lets a method choose codes, and measures what they do.
 
     Args:
-        choose: The method's `quantize` or `quantize_as`.
+        method: The method.
         task: The matrix; its inputs are set here.
         seen: What was seen of its inputs.
     """
-    outcome = choose(replace(task, inputs=seen.inputs))
+    outcome = method.quantize(replace(task, inputs=seen.inputs))
     weight, quantized = task.weight, outcome.weight
     decoded = quantized.format.decode(quantized)
     energy = float(weight.square().sum(dtype=torch.float64))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qcompile.errors import RecipeError
-from qcompile.formats import Format, QuantizedWeight
 from qcompile.formats.base import ScalarFormat
 from qcompile.passes.quantize.methods import Method, Outcome, Task
 
@@ -50,12 +49,6 @@ def join(name: str, outcomes: Sequence[Outcome], *, stacked: bool) -> Outcome:
     return Outcome(format.stack([o.weight for o in outcomes]), _fold_notes(outcomes))
 
 
-def common_format(weights: Sequence[QuantizedWeight]) -> Format:
-    """The format that most of some weights have; of several such, the one that comes first."""
-    formats = [weight.format for weight in weights]
-    return max(formats, key=formats.count)
-
-
 def quantize_stacked(method: Method, task: Task) -> Outcome:
     """Lets a method that needs no statistics choose the codes of a weight, matrix by matrix.
 
@@ -66,11 +59,12 @@ def quantize_stacked(method: Method, task: Task) -> Outcome:
     Raises:
         RecipeError: The matrices cannot be stored as one weight.
     """
+    stacked = task.weight.ndim > _MATRIX
     outcomes = [
-        method.quantize(Task(name, matrix, task.format, task.scale_search))
+        method.quantize(Task(name, matrix, task.format, task.scale_search, alone=not stacked))
         for name, matrix in matrices(task.name, task.weight)
     ]
-    return join(task.name, outcomes, stacked=task.weight.ndim > _MATRIX)
+    return join(task.name, outcomes, stacked=stacked)
 
 
 def _fold_notes(outcomes: Sequence[Outcome]) -> tuple[str, ...]:

@@ -85,13 +85,6 @@ class Method(ABC):
         """Whether it looks at calibration data."""
         return bool(self.statistics)
 
-    def quantize_as(self, task: Task) -> Outcome:
-        """Like `quantize`, but the format of the task stays what it is.
-
-        For the matrices of a stack, which need one format, where a method may choose another one.
-        """
-        return self.quantize(task)
-
     @abstractmethod
     def quantize(self, task: Task) -> Outcome:
         """Chooses codes, on the calling thread.

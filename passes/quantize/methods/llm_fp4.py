@@ -54,7 +54,10 @@ class LlmFp4(Method):
     statistics: ClassVar[tuple[type[Statistic], ...]] = (Hessian,)
 
     def quantize(self, task: Task) -> Outcome:
-        """Tries every split; weights that a recipe gives other formats are rounded to nearest."""
+        """Tries every split; weights that a recipe gives other formats are rounded to nearest.
+
+        The matrices of a stack share the format that they are given: only biases are searched.
+        """
         formats = splits(task.format)
         if not formats:
             rounded = task.format.encode(
@@ -62,17 +65,11 @@ class LlmFp4(Method):
             )
             return Outcome(rounded, (f"{task.format} is no small float: rounded to nearest",))
         moments = task.seen.hessian.matrix.to(torch.float32)
+        if not task.alone:
+            formats = [format for format in formats if format == task.format]
         tried = (self._quantize(task, format, moments) for format in formats)
         _, best = min(tried, key=lambda found: found[0])
         return Outcome(best)
-
-    def quantize_as(self, task: Task) -> Outcome:
-        """Searches biases only."""
-        if not splits(task.format):
-            return self.quantize(task)
-        assert isinstance(task.format, LookupFormat)
-        moments = task.seen.hessian.matrix.to(torch.float32)
-        return Outcome(self._quantize(task, task.format, moments)[1])
 
     def _quantize(
         self, task: Task, format: LookupFormat, moments: Tensor
