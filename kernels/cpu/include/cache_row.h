@@ -19,19 +19,19 @@ enum class CacheFormat : int { kFloat, kBrain, kInt8, kInt4 };
 struct CacheRow {
   CacheFormat format;
   int64_t width;       // numbers
-  int64_t group_size;  // numbers per scale, 1 to width; any for formats without scales
+  int64_t group_size;  // numbers per scale, 1 to width
+  int64_t groups;      // ceil(width / group_size): a division that no row should have to make
 
-  // These are the same in the objects of all instruction sets: see QCOMPILE_ALWAYS_INLINE.
-  QCOMPILE_ALWAYS_INLINE int64_t groups() const { return (width + group_size - 1) / group_size; }
+  // The objects of all instruction sets contain these: see QCOMPILE_ALWAYS_INLINE.
   QCOMPILE_ALWAYS_INLINE int64_t half() const { return (width + 1) / 2; }
   QCOMPILE_ALWAYS_INLINE int64_t scales_at() const {
     return format == CacheFormat::kInt4 ? half() : width;
   }
-  QCOMPILE_ALWAYS_INLINE int64_t zero_points_at() const { return scales_at() + 2 * groups(); }
+  QCOMPILE_ALWAYS_INLINE int64_t zero_points_at() const { return scales_at() + 2 * groups; }
   QCOMPILE_ALWAYS_INLINE int64_t bytes() const {
     if (format == CacheFormat::kFloat) return 4 * width;
     if (format == CacheFormat::kBrain) return 2 * width;
-    return zero_points_at() + groups();
+    return zero_points_at() + groups;
   }
 };
 

@@ -79,7 +79,9 @@ struct AttentionTile {
   int64_t first_position;  // position of the first row's query among the keys
   int64_t head_dim, value_dim;
 
-  CacheRows keys;    // of head_dim numbers
+  CacheRows keys;  // of head_dim numbers
+  // Not null: the keys as transpose_keys makes them, kAttentionKeys at a time from key 0 on.
+  const float* key_panels;
   CacheRows values;  // of value_dim numbers
   int64_t total;
   int64_t key_begin, key_end;  // keys that this call sees, from a multiple of kAttentionKeys on
@@ -103,6 +105,7 @@ struct AttentionTile {
 
 constexpr int64_t kAttentionRows = 32;  // most rows of an AttentionTile
 constexpr int64_t kAttentionKeys = 64;  // keys per step of the online softmax
+constexpr int64_t kManyQueries = 9;     // from here on it pays to transpose keys
 
 inline int64_t PadTo16(int64_t count) { return (count + 15) / 16 * 16; }
 
@@ -168,6 +171,11 @@ struct KernelTable {
   void (*attention)(const AttentionTile& tile);
   // The numbers of one head and position as a cache keeps them: row.bytes() bytes.
   void (*encode_cache_row)(const CacheRow& row, const float* x, uint8_t* bytes);
+  // Positions from `first` on as floats: one behind the other, or, at most kAttentionKeys of them,
+  // as [width][kAttentionKeys] with zeros after the last (`scratch`: as many floats again).
+  void (*decode_cache_rows)(const CacheRows& rows, int64_t first, int64_t count, float* out);
+  void (*transpose_keys)(const CacheRows& keys, int64_t first, int64_t count, float* scratch,
+                         float* out);
   void (*rms_norm)(const float* x, const float* weight, float* y, int64_t dim, float epsilon);
   void (*gated_activation)(Activation kind, const float* gate, const float* up, float* y,
                            int64_t count);

@@ -97,6 +97,8 @@ enum class ScratchSlot : int {
   kKeys,
   kMask,
   kParts,
+  kKeyPanels,
+  kValues,
   kExperts,
   kWorker,
   kCount

@@ -34,15 +34,20 @@ struct Floats {
   int64_t stride;
 };
 
+void DecodeCacheRows(const CacheRows& rows, int64_t first, int64_t count, float* out) {
+  const uint8_t* begin = rows.data + first * rows.stride;
+  for (int64_t j = 0; j < count; ++j) {
+    DecodeCacheRow(rows.row, begin + j * rows.stride, out + j * rows.row.width);
+  }
+}
+
 // `count` positions from `first` on: as they are, or decoded to `scratch`.
 inline Floats Read(const CacheRows& rows, int64_t first, int64_t count, float* scratch) {
   const uint8_t* begin = rows.data + first * rows.stride;
   if (rows.row.format == CacheFormat::kFloat) {
     return {reinterpret_cast<const float*>(begin), rows.stride / int64_t{sizeof(float)}};
   }
-  for (int64_t j = 0; j < count; ++j) {
-    DecodeCacheRow(rows.row, begin + j * rows.stride, scratch + j * rows.row.width);
-  }
+  DecodeCacheRows(rows, first, count, scratch);
   return {scratch, rows.row.width};
 }
 
@@ -119,10 +124,13 @@ inline void TransposeKeys(const Floats& keys, int64_t head_dim, int64_t count, f
   }
 }
 
+void PackKeys(const CacheRows& keys, int64_t first, int64_t count, float* scratch, float* out) {
+  TransposeKeys(Read(keys, first, count, scratch), keys.row.width, count, out);
+}
+
 // scores[row][key] for many rows: transposed keys make it a product with keys across lanes.
-inline void ScoreByGemm(const AttentionTile& t, const Floats& keys, int64_t count,
-                        float* transposed, float* scores) {
-  TransposeKeys(keys, t.head_dim, count, transposed);
+inline void ScoreByGemm(const AttentionTile& t, const float* transposed, int64_t count,
+                        float* scores) {
   memset(scores, 0, sizeof(float) * t.rows * kAttentionKeys);
   const Gemm product = {t.q,    t.q_stride,     transposed, kAttentionKeys,
                         scores, kAttentionKeys, t.head_dim};
@@ -177,8 +185,6 @@ inline void WritePart(const AttentionTile& t, const float* sums, const float* we
   }
 }
 
-constexpr int64_t kManyRows = 9;  // from here on it pays to transpose keys
-
 void Attention(const AttentionTile& t) {
   const int64_t value_stride = PadTo16(t.value_dim);
   float* transposed = t.scratch;
@@ -206,11 +212,16 @@ void Attention(const AttentionTile& t) {
   int64_t first = all.begin / kAttentionKeys * kAttentionKeys;
   for (; first < all.end; first += kAttentionKeys) {
     const int64_t count = Least(kAttentionKeys, all.end - first);
-    const Floats keys = Read(t.keys, first, count, decoded_keys);
-    if (t.rows < kManyRows) {
-      ScoreByDots(t, keys, count, scores);
+    if (t.key_panels != nullptr) {
+      ScoreByGemm(t, t.key_panels + first * t.head_dim, count, scores);
     } else {
-      ScoreByGemm(t, keys, count, transposed, scores);
+      const Floats keys = Read(t.keys, first, count, decoded_keys);
+      if (t.rows < kManyQueries) {
+        ScoreByDots(t, keys, count, scores);
+      } else {
+        TransposeKeys(keys, t.head_dim, count, transposed);
+        ScoreByGemm(t, transposed, count, scores);
+      }
     }
     for (int64_t r = 0; r < t.rows; ++r) {
       float* s = scores + r * kAttentionKeys;

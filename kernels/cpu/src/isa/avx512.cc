@@ -10,8 +10,9 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512",  QuantizeActivations, LinearInt8, LinearFloat,     LinearPanels, PackPanel,
-    Attention, EncodeCacheRow,      RmsNorm,    GatedActivation, Hadamard,
+    "avx512",  QuantizeActivations, LinearInt8,     LinearFloat,     LinearPanels,
+    PackPanel, Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
+    RmsNorm,   GatedActivation,     Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -15,14 +15,15 @@
 namespace qcompile::cpu {
 namespace {
 
+// A float16 without a sign.
 inline float NumberOfHalf(uint16_t half) {
-  const uint32_t exponent = (half >> 10) & 0x1fu, mantissa = half & 0x3ffu;
-  const float sign = (half & 0x8000u) != 0 ? -1.0f : 1.0f;
-  if (exponent == 0) return sign * static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-  const uint32_t bits = ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13);
-  float magnitude;
-  memcpy(&magnitude, &bits, sizeof(magnitude));
-  return sign * magnitude;
+  constexpr uint32_t kInfinity = 0x7c00;
+  // Exponents are biased by 15 there and by 127 here.
+  const uint32_t bits =
+      half >= kInfinity ? 0x7f800000u | (uint32_t{half} & 0x3ffu) << 13 : uint32_t{half} << 13;
+  float number;
+  memcpy(&number, &bits, sizeof(number));
+  return half >= kInfinity ? number : number * 5.192296858534828e33f;  // 2^112
 }
 
 // The float16 nearest to x >= 0, ties to even.
@@ -90,7 +91,7 @@ inline void EncodeGroups(const CacheRow& r, const float* x, uint8_t* row) {
   const bool nibbles = r.format == CacheFormat::kInt4;
   const int32_t last = nibbles ? 15 : 255;
   if (nibbles) memset(row, 0, static_cast<size_t>(r.half()));
-  for (int64_t group = 0; group < r.groups(); ++group) {
+  for (int64_t group = 0; group < r.groups; ++group) {
     const int64_t begin = group * r.group_size;
     const int64_t end = Least(begin + r.group_size, r.width);
     const CacheGrid g = GridOf(x + begin, end - begin, last);
@@ -157,7 +158,7 @@ inline void DecodeCodes(const uint8_t* codes, int64_t n, float scale, int32_t ze
 
 inline void DecodeGroups(const CacheRow& r, const uint8_t* row, float* out) {
   const int64_t half = r.half();
-  for (int64_t group = 0; group < r.groups(); ++group) {
+  for (int64_t group = 0; group < r.groups; ++group) {
     const int64_t begin = group * r.group_size;
     const int64_t end = Least(begin + r.group_size, r.width);
     uint16_t bits;

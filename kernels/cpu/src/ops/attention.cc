@@ -43,7 +43,8 @@ struct Settings {
 
  private:
   static CacheRow Row(CacheFormat format, int64_t group_size, int64_t width) {
-    return {format, width, group_size == 0 ? width : std::min(group_size, width)};
+    if (group_size == 0 || group_size > width) group_size = width;
+    return {format, width, group_size, (width + group_size - 1) / group_size};
   }
 };
 
@@ -238,7 +239,7 @@ struct Source {
   }
 };
 
-CacheRow FloatRow(int64_t width) { return {CacheFormat::kFloat, width, width}; }
+CacheRow FloatRow(int64_t width) { return {CacheFormat::kFloat, width, width, 1}; }
 
 class Attention : public Operator {
  public:
@@ -343,17 +344,66 @@ class Attention : public Operator {
     return floats;
   }
 
+  // Keys as the kernel multiplies many queries by them, and values as floats: once for all blocks
+  // of queries and all heads that share them. What no query sees is left out.
+  struct Prepared {
+    const float* key_panels = nullptr;  // [batch, kv_heads, padded total, head_dim]
+    int64_t panel_stride = 0;
+    Source values;
+  };
+
+  Prepared Prepare(const Context& context, const Problem& p, const Source& keys,
+                   const Source& values) const {
+    if (p.queries < kManyQueries) return {nullptr, 0, values};
+    const int64_t steps = (p.total + kAttentionKeys - 1) / kAttentionKeys;
+    const int64_t seen = s_.window > 0 ? std::max<int64_t>(p.past - s_.window + 1, 0) : 0;
+    const int64_t first_step = seen / kAttentionKeys, heads = p.batch * s_.kv_heads;
+    const int64_t panel_stride = steps * kAttentionKeys * p.head_dim;
+    const bool decodes = values.row.format != CacheFormat::kFloat;
+    float* panels = ScratchFloats(ScratchSlot::kKeyPanels, heads * panel_stride);
+    const int64_t value_stride = p.total * p.value_dim;
+    float* decoded = decodes ? ScratchFloats(ScratchSlot::kValues, heads * value_stride) : nullptr;
+    const int64_t tasks = heads * (steps - first_step);
+    context.ParallelFor(tasks, heads * panel_stride * 4, [&](int64_t task) {
+      const int64_t head = task % heads, step = first_step + task / heads;
+      const int64_t batch = head / s_.kv_heads, kv_head = head % s_.kv_heads;
+      const int64_t first = step * kAttentionKeys;
+      const int64_t count = std::min(kAttentionKeys, p.total - first);
+      float* scratch = ScratchFloats(ScratchSlot::kWorker, kAttentionKeys * p.head_dim);
+      const CacheRows from = {keys.Head(batch, kv_head), keys.token_stride, keys.row};
+      kernels_.transpose_keys(from, first, count, scratch,
+                              panels + head * panel_stride + first * p.head_dim);
+      if (decodes) {
+        const CacheRows rows = {values.Head(batch, kv_head), values.token_stride, values.row};
+        kernels_.decode_cache_rows(rows, first, count,
+                                   decoded + head * value_stride + first * p.value_dim);
+      }
+    });
+    if (!decodes) return {panels, panel_stride, values};
+    constexpr int64_t kBytes = sizeof(float);
+    return {panels,
+            panel_stride,
+            {reinterpret_cast<const uint8_t*>(decoded), s_.kv_heads * value_stride * kBytes,
+             value_stride * kBytes, p.value_dim * kBytes, FloatRow(p.value_dim)}};
+  }
+
   // Many queries: blocks of them, one head each.
   void Attend(const Context& context, const Problem& p, const Source& keys, const Source& values,
               const float* mask, float* out) const {
     const int64_t rows = std::min(p.queries, kAttentionRows);
     const int64_t blocks = (p.queries + rows - 1) / rows;
+    const Prepared prepared = Prepare(context, p, keys, values);
     context.ParallelFor(p.batch * s_.heads * blocks, Work(p), [&](int64_t task) {
       // The longest rows, those of the last queries, come first.
       const int64_t block = blocks - 1 - task / (p.batch * s_.heads);
       const int64_t batch = task / s_.heads % p.batch, head = task % s_.heads;
       const int64_t query = block * rows, count = std::min(rows, p.queries - query);
-      AttentionTile tile = Tile(p, keys, values, mask, batch, head, query);
+      AttentionTile tile = Tile(p, keys, prepared.values, mask, batch, head, query);
+      if (prepared.key_panels != nullptr) {
+        const int64_t kv_head = head / (s_.heads / s_.kv_heads);
+        tile.key_panels =
+            prepared.key_panels + (batch * s_.kv_heads + kv_head) * prepared.panel_stride;
+      }
       tile.rows = count;
       tile.q_stride = s_.heads * p.head_dim;
       tile.out = out + (batch * p.queries + query) * s_.heads * p.value_dim + head * p.value_dim;
