@@ -1,4 +1,4 @@
-"""The shape of an 8 B Llama on meta: captured, raised, verified, inspected and checked.
+"""The shape of an 8 B Llama on meta: captured, raised, verified, analysed, inspected and checked.
 
 No weight exists anywhere, so nothing may read one. Prints the seconds of each step and how much
 memory the process gained after its imports:
@@ -20,6 +20,7 @@ from torch import Tensor
 
 import qcompile.backends.cpu.target
 import qcompile.inspection  # noqa: F401  (its imports are no growth)
+from qcompile.analysis.sites import find_sites
 from qcompile.frontends.huggingface import build_shell, capture_shell
 from qcompile.inspection import inspect
 from qcompile.inspection_records import Inspection
@@ -98,6 +99,9 @@ def main() -> int:
     raised, spent = timed("raise", lambda: PassManager(front_phases()).run(captured)[0])
     seconds += spent
     seconds += timed("verify", lambda: raised.verify(shapes=True))[1]
+    sites, spent = timed("sites", lambda: find_sites(raised))
+    seconds += spent
+    print(f"{len(sites)} sites")
     verdict, spent = timed("check", lambda: preflight(raised, options.recipe))
     seconds += spent
     inspection, spent = timed("inspect", lambda: inspect(captured, options.recipe))

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.frontends.tiny_models import ALL, raised_tiny_model
 from torch import Tensor, nn
 
 import qcompile as qc
@@ -11,7 +12,11 @@ from qcompile.analysis.families import Family
 from qcompile.analysis.sites import Site, find_sites
 from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
-from qcompile.passes.transform.randomize_sites import randomize_sites
+from qcompile.passes.infra import PassManager, run_passes
+from qcompile.passes.transform.centre_norms import CentreNorms
+from qcompile.passes.transform.fold_norm_gain import FoldNormGain
+from qcompile.passes.transform.randomize_sites import RandomizeSites, randomize_sites
+from qcompile.passes.transform.untie_weights import UntieWeights
 
 P, D, R, S = Family.PERMUTATION, Family.DIAGONAL, Family.ORTHOGONAL, Family.SHIFT
 
@@ -226,10 +231,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_random_transforms_on_every_site_keep_the_function(name: str) -> None:
-    program = language_model(name, **ARCHITECTURES[name])
-    transformed = randomize_sites(program, seed=1)
+def assert_same_function(program: Program, transformed: Program) -> None:
     ids = torch.arange(14).reshape(2, 7)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -244,3 +246,27 @@ def test_random_transforms_on_every_site_keep_the_function(name: str) -> None:
     )
     # Condition numbers are at most 16, so float64 keeps at least 12 digits; DESIGN asks for 10.
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-11
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_random_transforms_on_every_site_keep_the_function(name: str) -> None:
+    program = language_model(name, **ARCHITECTURES[name])
+    assert_same_function(program, randomize_sites(program, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_random_transforms_keep_the_function_of_every_architecture(name: str) -> None:
+    _, program = raised_tiny_model(name)
+    assert_same_function(program, randomize_sites(program, seed=1))
+
+
+@pytest.mark.parametrize("family", Family)
+def test_every_family_is_among_the_random_transforms(family: Family) -> None:
+    program = language_model("OPT", **ARCHITECTURES["OPT"])
+    bare = run_passes(program, [UntieWeights(), FoldNormGain(), CentreNorms()])
+    before = program if family in (P, D, S) else bare
+    transforms = RandomizeSites(frozenset({family}))
+    after, (record,) = PassManager([transforms]).run(before)
+    assert record.result.rewrites > 1
+    assert_same_function(program, after)
