@@ -51,13 +51,13 @@ struct LinearTile {
   const int32_t* sums;
   const float* scales;
   int64_t scales_per_row;  // groups, or 1
-  // The same for linear_panels: ActivationPanels from row 0 on.
+  // The same as PanelKernels take them: panels from row 0 on.
   const uint8_t* panels;
 
   const float* bias;      // [n] or null
   const float* residual;  // [rows, n] or null
   float* y;               // [rows, n]
-  float* scratch;         // kLinearScratchFloats, or PanelScratchBytes(layout); else unused
+  float* scratch;         // kLinearScratchFloats, or a panel's scratch_bytes; else unused
 };
 
 // Where keys (or values) of one head are: rows of a cache, or floats beside those of other heads.
@@ -123,28 +123,21 @@ constexpr int64_t kLinearFloatBlocks = 2;   // column blocks that are dequantize
 constexpr int64_t kLinearScratchFloats =
     (kLinearFloatDepth + kLinearFloatRows) * kLinearFloatBlocks * kColumns;
 
-constexpr int64_t kPanelRows = 12;   // rows of a panel of activations
-constexpr int64_t kPanelBlocks = 2;  // column blocks whose codes are unpacked at a time
-
-// Integer activations of kPanelRows rows: codes + 128, [padded_k / 4][kPanelRows][4], then scales
-// [scales_per_row][kPanelRows]. Past the last row anything may stand.
-struct ActivationPanel {
-  int64_t padded_k, scales_per_row;
-
-  int64_t scales_at() const { return kPanelRows * padded_k; }
-  int64_t bytes() const {
-    return scales_at() + kPanelRows * scales_per_row * int64_t{sizeof(float)};
-  }
+// Products for many rows of integer activations. These are packed in panels of some rows, in a form
+// of the kernel's own, and used for all columns. Results are those of linear_int8, bit for bit.
+struct PanelKernels {
+  int64_t rows;        // of a panel
+  int64_t least_rows;  // fewer do not repay the unpacking of the weights
+  int64_t (*panel_bytes)(const PackedLayout& layout, int64_t scales_per_row);
+  int64_t (*scratch_bytes)(const PackedLayout& layout);
+  // Rows row_begin to row_end of a tile's integer activations, at most `rows`, as a panel.
+  void (*pack)(const LinearTile& tile, uint8_t* panel);
+  void (*multiply)(const LinearTile& tile);
 };
 
-// Whether linear_panels knows a weight: its codes, less their zero points, must fit 8 bits.
+// Whether panels know a weight: its codes, less their zero points, must fit 8 bits.
 inline bool FitsPanels(const PackedLayout& layout) {
   return layout.bits < 8 || !layout.has_zero_point;
-}
-
-inline int64_t PanelScratchBytes(const PackedLayout& layout) {
-  constexpr int64_t kHeadBytes = sizeof(float) + sizeof(int32_t);
-  return kPanelBlocks * kColumns * (layout.groups() * kHeadBytes + layout.padded_k());
 }
 
 // One row of float activations times a Hadamard matrix per block: y = scale * x (I kron C kron S).
@@ -164,10 +157,7 @@ struct KernelTable {
   void (*quantize_row)(const QuantizeRow& row);
   void (*linear_int8)(const LinearTile& tile);
   void (*linear_float)(const LinearTile& tile);
-  // For many rows of integer activations, from panels; null where linear_int8 is as good.
-  void (*linear_panels)(const LinearTile& tile);
-  // Rows row_begin to row_end of a tile's integer activations, at most kPanelRows, as a panel.
-  void (*pack_panel)(const LinearTile& tile, uint8_t* panel);
+  const PanelKernels* panels;  // null where linear_int8 is as good
   void (*attention)(const AttentionTile& tile);
   // The numbers of one head and position as a cache keeps them: row.bytes() bytes.
   void (*encode_cache_row)(const CacheRow& row, const float* x, uint8_t* bytes);
@@ -186,7 +176,11 @@ extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAmxKernels;
 #endif
+
+// Whether a table's panels multiply as the rows of another one do, on a small product.
+bool PanelsMultiplyLike(const KernelTable& panels, const KernelTable& rows);
 
 }  // namespace qcompile::cpu
 

@@ -8,6 +8,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace qcompile::cpu {
 namespace {
@@ -53,6 +57,22 @@ bool HasAvx512() {
          HasBits(SavedState(), {5 /* opmask */, 6 /* zmm low */, 7 /* zmm high */});
 }
 
+// Linux lends the tile registers, which are 8 KB a thread, to processes that ask for them.
+bool MayUseTiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool HasAmx() {
+  return HasAvx512() && HasBits(Cpuid(7).edx, {24 /* tile */, 25 /* int8 */}) &&
+         HasBits(SavedState(), {17 /* configuration */, 18 /* tiles */}) && MayUseTiles() &&
+         PanelsMultiplyLike(kAmxKernels, kAvx512Kernels);
+}
+
 #endif  // __x86_64__
 
 struct Choice {
@@ -62,7 +82,11 @@ struct Choice {
 
 std::vector<Choice> BestFirst() {
 #if defined(__x86_64__)
-  return {{&kAvx512Kernels, HasAvx512()}, {&kAvx2Kernels, HasAvx2()}, {&kScalarKernels, true}};
+  static const bool has_amx = HasAmx();
+  return {{&kAmxKernels, has_amx},
+          {&kAvx512Kernels, HasAvx512()},
+          {&kAvx2Kernels, HasAvx2()},
+          {&kScalarKernels, true}};
 #else
   return {{&kScalarKernels, true}};
 #endif

@@ -18,7 +18,7 @@ from onnx import helper
 from qcompile.errors import TargetError
 from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "amx")
 OTHER_LIBRARY = "QCOMPILE_TEST_CPU_LIBRARY"
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -13,6 +13,14 @@ from tests.kernels.cpu.conftest import OTHER_LIBRARY, REPOSITORY
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 HERE = Path(__file__).parent
+# Every one of them forces one instruction set after the other.
+INSTRUMENTED = (
+    "test_lookup_codes.py",
+    "test_qembedding.py",
+    "test_qlinears.py",
+    "test_linear_panels.py",
+    "test_hadamard.py",
+)
 
 
 def runtime_library(compiler: str, name: str) -> Path | None:

@@ -9,9 +9,8 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",  QuantizeActivations, LinearInt8,     LinearFloat,     nullptr,
-    nullptr, Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
-    RmsNorm, GatedActivation,     Hadamard,
+    "avx2",         QuantizeActivations, LinearInt8, LinearFloat, nullptr,         Attention,
+    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -1,18 +1,34 @@
 #include "simd_avx512.h"
 // The vector type comes first.
+#include "amx_tiles.h"
 #include "attention.h"
 #include "cache_codec.h"
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
 #include "linear_panel.h"
+#include "tile_panel.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512",  QuantizeActivations, LinearInt8,     LinearFloat,     LinearPanels,
-    PackPanel, Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
-    RmsNorm,   GatedActivation,     Hadamard,
+    "avx512",       QuantizeActivations, LinearInt8, LinearFloat, &kPanelKernels,  Attention,
+    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
+};
+
+const KernelTable kAmxKernels = {
+    "amx",
+    QuantizeActivations,
+    LinearInt8,
+    LinearFloat,
+    &kTilePanelKernels<AmxTiles>,
+    Attention,
+    EncodeCacheRow,
+    DecodeCacheRows,
+    PackKeys,
+    RmsNorm,
+    GatedActivation,
+    Hadamard,
 };
 
 }  // namespace qcompile::cpu

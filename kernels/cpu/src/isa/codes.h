@@ -27,10 +27,6 @@ struct Constant {
   static constexpr int value = kNumber;
 };
 
-// Consecutive quads take turns among so many places: what a product adds to one sum has to wait for
-// the sum before, and sums of different places do not wait for each other.
-constexpr int kPlaces = 4;
-
 // Quads `begin` to `end` of a group that has `total`.
 struct QuadRange {
   int64_t begin, end, total;
@@ -56,33 +52,25 @@ inline void Unpack(const uint8_t* p, Bytes* first, Bytes* second) {
 // Codes in bit planes.
 template <int kBits>
 struct PlaneCodes {
-  // Calls body(quads of kBlocks blocks `stride` bytes apart, place of the quad among kPlaces).
-  // Begin and end are even.
+  // Calls body(quads of kBlocks blocks `stride` bytes apart, parity of the quad). Begin and end are
+  // even.
   template <int kBlocks, class Body>
   QCOMPILE_ALWAYS_INLINE static void ForEachQuad(const uint8_t* codes, int64_t stride,
                                                  QuadRange range, Body body) {
     constexpr int64_t kUnitBytes = kColumns * kBits, kUnitQuads = kUnit / kQuad;
     const uint8_t* p = codes + range.begin / kUnitQuads * kUnitBytes;
-    const uint8_t* end = p + (range.end - range.begin) / kUnitQuads * kUnitBytes;
-    for (; p + kUnitBytes < end; p += 2 * kUnitBytes) {
-      GiveUnit<kBlocks, 0>(p, stride, body);
-      GiveUnit<kBlocks, 2>(p + kUnitBytes, stride, body);
-    }
-    if (p < end) GiveUnit<kBlocks, 0>(p, stride, body);
-  }
-
-  template <int kBlocks, int kPlace, class Body>
-  QCOMPILE_ALWAYS_INLINE static void GiveUnit(const uint8_t* p, int64_t stride, Body body) {
-    Bytes first[kBlocks], second[kBlocks];
+    for (int64_t q = range.begin; q < range.end; q += kUnitQuads, p += kUnitBytes) {
+      Bytes first[kBlocks], second[kBlocks];
 #pragma GCC unroll 4
-    for (int b = 0; b < kBlocks; ++b) {
-      Unpack<kBits>(p + b * stride, &first[b], &second[b]);
-      for (int64_t line = 0; line < kColumns * kBits; line += 64) {
-        __builtin_prefetch(p + b * stride + line + kPrefetch);
+      for (int b = 0; b < kBlocks; ++b) {
+        Unpack<kBits>(p + b * stride, &first[b], &second[b]);
+        for (int64_t line = 0; line < kUnitBytes; line += 64) {
+          __builtin_prefetch(p + b * stride + line + kPrefetch);
+        }
       }
+      body(first, Constant<0>());
+      body(second, Constant<1>());
     }
-    body(first, Constant<kPlace>());
-    body(second, Constant<kPlace + 1>());
   }
 };
 
@@ -208,8 +196,8 @@ struct TernaryCodes {
       if (q % kTrits == 0 && q + kTrits <= range.end) {
         GiveDigit<kBlocks, 0>(rest, body);
         GiveDigit<kBlocks, 1>(rest, body);
-        GiveDigit<kBlocks, 2>(rest, body);
-        GiveDigit<kBlocks, 3>(rest, body);
+        GiveDigit<kBlocks, 0>(rest, body);
+        GiveDigit<kBlocks, 1>(rest, body);
         GiveDigit<kBlocks, 0>(rest, body);
         q += kTrits;
         continue;
@@ -230,7 +218,7 @@ struct TernaryCodes {
     }
   }
 
-  template <int kBlocks, int kPlace, class Body>
+  template <int kBlocks, int kParity, class Body>
   QCOMPILE_ALWAYS_INLINE static void GiveDigit(Bytes* rest, Body body) {
     Bytes quad[kBlocks];
 #pragma GCC unroll 4
@@ -238,7 +226,7 @@ struct TernaryCodes {
       quad[b] = FirstDigit(rest[b]);
       rest[b] = NextDigits(rest[b]);
     }
-    body(quad, Constant<kPlace>());
+    body(quad, Constant<kParity>());
   }
 
   FloatTable levels;

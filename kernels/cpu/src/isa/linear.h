@@ -59,10 +59,8 @@ inline int32_t LoadFour(const int8_t* codes) {
 // kRows rows by kBlocks column blocks; rows from `rows` on repeat the last one and are not stored.
 template <class Codes, int kRows, int kBlocks>
 void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t block) {
-  // Several sums per output where registers allow: the latency of one dot product is several
-  // cycles.
-  constexpr int kOutputs = kRows * kBlocks;
-  constexpr int kChains = kOutputs == 1 ? kPlaces : kOutputs <= kChainedOutputs ? 2 : 1;
+  // Two sums per output where registers allow: the latency of one dot product is several cycles.
+  constexpr int kChains = kRows * kBlocks <= kChainedOutputs ? 2 : 1;
   const Codes coding(t);
   const PackedLayout& layout = *t.layout;
   const int64_t groups = layout.groups(), padded_k = layout.padded_k();
@@ -95,12 +93,12 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
       for (int r = 0; r < kRows; ++r) {
         // What zero points take from the product of the raw codes.
         dot[r][b][0] = zero * Set1(-sums[r][g]);
-        for (int chain = 1; chain < kChains; ++chain) dot[r][b][chain] = ZeroI();
+        if constexpr (kChains == 2) dot[r][b][1] = ZeroI();
       }
     }
     Codes::template ForEachQuad<kBlocks>(
         header + header_bytes, block_bytes, {0, quads, quads},
-        [&](const Bytes* quad, auto place) __attribute__((always_inline)) {
+        [&](const Bytes* quad, auto parity) __attribute__((always_inline)) {
           Bytes bytes[kBlocks];
 #pragma GCC unroll 4
           for (int b = 0; b < kBlocks; ++b) bytes[b] = coding.ToBytes(quad[b]);
@@ -109,7 +107,7 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
             const int32_t four = LoadFour(a[r] + k);
 #pragma GCC unroll 4
             for (int b = 0; b < kBlocks; ++b) {
-              I* sum = &dot[r][b][decltype(place)::value % kChains];
+              I* sum = &dot[r][b][decltype(parity)::value * (kChains - 1)];
               *sum = DotAccumulate<Codes::kByteBits>(*sum, bytes[b], four);
             }
           }
@@ -122,7 +120,7 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         I exact = dot[r][b][0];
-        for (int chain = 1; chain < kChains; ++chain) exact = exact + dot[r][b][chain];
+        if constexpr (kChains == 2) exact = exact + dot[r][b][1];
         const F scale = weight_scale * Set1(scales[r][g * scale_step]);
         total[r][b] = Fma(ToFloat(exact), scale, total[r][b]);
       }
@@ -281,16 +279,20 @@ struct LinearFloatKernel {
   }
 };
 
-void LinearInt8(const LinearTile& t) {
+// Runs Kernel::Run<Codes>(t) for codes that are multiplied as bytes.
+template <class Kernel>
+inline void WithByteCodes(const LinearTile& t) {
   switch (t.layout->coding) {
     case Coding::kE2m1:
-      return LinearInt8Kernel::Run<E2m1Codes>(t);
+      return Kernel::template Run<E2m1Codes>(t);
     case Coding::kTernary:
-      return LinearInt8Kernel::Run<TernaryCodes>(t);
+      return Kernel::template Run<TernaryCodes>(t);
     default:  // the operator refuses others
-      return WithIntegers<LinearInt8Kernel>(t);
+      return WithIntegers<Kernel>(t);
   }
 }
+
+void LinearInt8(const LinearTile& t) { WithByteCodes<LinearInt8Kernel>(t); }
 
 void LinearFloat(const LinearTile& t) {
   switch (t.layout->coding) {

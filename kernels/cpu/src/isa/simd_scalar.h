@@ -142,6 +142,11 @@ inline I HighNibbles(const I& a) {
   return ForLanes<I>([&](int i) { return a.v[i] >> 4; });
 }
 inline void StoreInts(int32_t* p, const I& a) { memcpy(p, a.v, sizeof(a.v)); }
+inline I LoadInts(const int32_t* p) {
+  I r;
+  memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
 inline F ToFloat(const I& a) {
   return ForLanes<F>([&](int i) { return static_cast<float>(a.v[i]); });
 }
@@ -296,6 +301,23 @@ inline F DecodeE4m3(const Bytes& codes) {
 }
 
 // Ternary codes: a byte is a fraction whose first digit is its integer part once it is tripled.
+inline void DotAccumulate(I* sum, const Bytes& without_sign, const Bytes& with_sign) {
+  for (int i = 0; i < 64; ++i) {
+    sum->v[i / 4] += without_sign.v[i] * static_cast<int8_t>(with_sign.v[i]);
+  }
+}
+inline void StoreQuad(uint8_t* p, const Bytes& quad) { memcpy(p, quad.v, sizeof(quad.v)); }
+// Byte minus the number in its lane.
+inline Bytes Subtract(const Bytes& quad, const I& number) {
+  Bytes r;
+  for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(quad.v[i] - number.v[i / 4]);
+  return r;
+}
+inline Bytes BroadcastFour(const uint8_t* four) {
+  Bytes r;
+  for (int i = 0; i < 64; ++i) r.v[i] = four[i % 4];
+  return r;
+}
 inline Bytes LoadQuad(const uint8_t* p) {
   Bytes r;
   memcpy(r.v, p, sizeof(r.v));

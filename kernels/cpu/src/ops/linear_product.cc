@@ -6,9 +6,6 @@
 namespace qcompile::cpu {
 namespace {
 
-// Fewer rows than this do not repay the unpacking of a whole panel of weights.
-constexpr int64_t kLeastPanelRows = 32;
-
 // The row of x that is multiplied: x itself, or its norm in `buffer`.
 const float* NormedRow(const KernelTable& kernels, const LinearInput& input, int64_t k, int64_t row,
                        float* buffer) {
@@ -69,11 +66,12 @@ struct LinearProduct::Split {
 LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_t rows) const {
   constexpr int64_t kPanelBytes = 512 * 1024;
   constexpr int64_t kTaskBytes = 32 * 1024;
-  constexpr int64_t kRowMultiple = 24;   // of the kernels' 8 and 12 rows at a time
   constexpr int64_t kBlockMultiple = 4;  // a whole number of passes for every kernel
   const bool is_float = format_ == ActivationFormat::kFloat;
+  // Of the kernels' 8 rows at a time, or of their panels.
+  const int64_t multiple = is_float || kernels_.panels == nullptr ? 24 : 2 * kernels_.panels->rows;
   const int64_t row_bytes = layout.padded_k() * (is_float ? int64_t{sizeof(float)} : 1);
-  const int64_t fit = std::max(kPanelBytes / row_bytes / kRowMultiple * kRowMultiple, kRowMultiple);
+  const int64_t fit = std::max(kPanelBytes / row_bytes / multiple * multiple, multiple);
   Split split;
   split.rows = rows;
   split.row_panel = std::min({rows, fit, is_float ? kLinearFloatRows : rows});
@@ -86,10 +84,10 @@ LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_
 }
 
 bool LinearProduct::UsesPanels(const LinearLayer* layers, int64_t count, int64_t rows) const {
-  return format_ != ActivationFormat::kFloat && kernels_.linear_panels != nullptr &&
-         rows >= kLeastPanelRows && std::all_of(layers, layers + count, [](const LinearLayer& l) {
-           return FitsPanels(*l.layout);
-         });
+  if (format_ == ActivationFormat::kFloat || kernels_.panels == nullptr) return false;
+  return rows >= kernels_.panels->least_rows &&
+         std::all_of(layers, layers + count,
+                     [](const LinearLayer& l) { return FitsPanels(*l.layout); });
 }
 
 LinearTile LinearProduct::Prepare(const LinearInput& input, const PackedLayout& layout,
@@ -146,17 +144,18 @@ LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayo
     context_.ParallelFor(input.rows, input.rows * k, quantize);
     return tile;
   }
-  const int64_t panel_bytes = ActivationPanel{padded_k, scales_per_row}.bytes();
-  const int64_t count = (input.rows + kPanelRows - 1) / kPanelRows;
+  const PanelKernels& kernels = *kernels_.panels;
+  const int64_t panel_bytes = kernels.panel_bytes(layout, scales_per_row);
+  const int64_t count = (input.rows + kernels.rows - 1) / kernels.rows;
   auto* packed = static_cast<uint8_t*>(
       Scratch(ScratchSlot::kPanels, static_cast<size_t>(count * panel_bytes)));
   tile.panels = packed;
   context_.ParallelFor(count, input.rows * k, [&](int64_t panel) {
     LinearTile rows = tile;
-    rows.row_begin = panel * kPanelRows;
-    rows.row_end = std::min(rows.row_begin + kPanelRows, input.rows);
+    rows.row_begin = panel * kernels.rows;
+    rows.row_end = std::min(rows.row_begin + kernels.rows, input.rows);
     for (int64_t r = rows.row_begin; r < rows.row_end; ++r) quantize(r);
-    kernels_.pack_panel(rows, packed + panel * panel_bytes);
+    kernels.pack(rows, packed + panel * panel_bytes);
   });
   return tile;
 }
@@ -177,9 +176,9 @@ void LinearProduct::RunTile(const Split& split, int64_t task, const LinearLayer&
     tile->scratch = ScratchFloats(ScratchSlot::kWorker, kLinearScratchFloats);
     kernels_.linear_float(*tile);
   } else if (tile->panels != nullptr) {
-    const auto bytes = static_cast<size_t>(PanelScratchBytes(*layer.layout));
+    const auto bytes = static_cast<size_t>(kernels_.panels->scratch_bytes(*layer.layout));
     tile->scratch = static_cast<float*>(Scratch(ScratchSlot::kWorker, bytes));
-    kernels_.linear_panels(*tile);
+    kernels_.panels->multiply(*tile);
   } else {
     kernels_.linear_int8(*tile);
   }
