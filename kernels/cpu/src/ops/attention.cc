@@ -24,7 +24,7 @@ enum Input : size_t {
 
 // Keys that are attended to at a time where one query is all there is: a part of the work that
 // does not depend on the number of threads, in steps of the kernel.
-constexpr int64_t kPartKeys = 2 * kAttentionKeys;
+constexpr int64_t kPartKeys = 4 * kAttentionKeys;
 
 struct Settings {
   int64_t heads, kv_heads;
