@@ -32,8 +32,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "manifest atomic_directory text generation",
         "backends",
         "recipe recipe_schema recipe_yaml artifact evaluation report packaging pipeline compiler "
-        "planning estimates legality inspection inspection_records inspection_sites "
-        "artifact_inspection",
+        "planned_transforms planning estimates legality inspection inspection_records "
+        "inspection_sites artifact_inspection",
         "__main__ cli cli_inspect cli_parity cli_options console conversation tables "
         "inspection_tables",
     )
