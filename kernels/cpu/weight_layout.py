@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,16 +68,13 @@ class WeightLayout:
         Raises:
             ValueError: it is none.
         """
-        coding, bits, group, scale_dtype, *zeros = text.split("-")
         codings = {str(name): name for name in CODINGS}
         scales = {str(name): name for name in SCALE_DTYPES}
-        known = coding in codings and scale_dtype in scales and zeros in ([], [_ZERO_POINTS])
-        if not known or not group.startswith("g"):
+        found = re.fullmatch(rf"(\w+)-(\d)-g(\d+)-(\w+?)(-{_ZERO_POINTS})?", text)
+        if found is None or found[1] not in codings or found[4] not in scales:
             raise ValueError(f"{text!r} describes no packed weight")
-        group_size = int(group.removeprefix("g"))
-        return WeightLayout(
-            int(bits), group_size, bool(zeros), scales[scale_dtype], codings[coding]
-        )
+        bits, group_size, has_zero_point = int(found[2]), int(found[3]), found[5] is not None
+        return WeightLayout(bits, group_size, has_zero_point, scales[found[4]], codings[found[1]])
 
     @property
     def multiplies_bytes(self) -> bool:

@@ -228,3 +228,21 @@ def test_bad_weights_are_refused(arguments, options, message) -> None:
 def test_unpack_refuses_the_wrong_size() -> None:
     with pytest.raises(ValueError, match="packed must be"):
         unpack_linear(np.zeros(10, np.uint8), 4, 32, WeightLayout(4, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "describes no packed weight"),
+        ("integer-4-g32", "describes no packed weight"),
+        ("integer-4-g32-float64", "describes no packed weight"),
+        ("whole-4-g32-float16", "describes no packed weight"),
+        ("integer-4-g32-float16-zero", "describes no packed weight"),
+        ("integer-9-g32-float16", "bits = 9"),
+        ("integer-4-g20-float16", "group_size = 20"),
+        ("e2m1-4-g32-float16-zeros", "no zero points"),
+    ],
+)
+def test_text_of_no_layout_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WeightLayout.parse(text)
