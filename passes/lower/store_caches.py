@@ -12,7 +12,7 @@ from qcompile.ir import dialect
 from qcompile.ir.caches import CacheFormat, cache_format
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
-from qcompile.ir.types import Fact, Role
+from qcompile.ir.types import Role
 from qcompile.passes.infra import Context, Lossy, Pass, PassResult
 
 FormatsOf = Callable[[fx.Node], Iterable[tuple[fx.Node, CacheFormat]]]
@@ -43,7 +43,6 @@ class StoreCaches(Pass):
         operators: Calls of a target that append for themselves.
     """
 
-    requires = frozenset({Fact.CACHE_OWNED})
     numerics = Lossy()
 
     def __init__(self, operators: Mapping[Any, FormatsOf] | None = None) -> None:
