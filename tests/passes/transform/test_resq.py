@@ -106,10 +106,10 @@ def test_activations_of_the_high_part_have_their_own_bits() -> None:
         QuantizeWeights("int4", overrides=overrides),
         QuantizeActivations("int4", overrides=overrides),
     )
-    bits = {weight: d["bits"] for d in result.details for weight in d["weights"]}
-    assert bits["model.layers.0.mlp.up_proj.low.weight"] == 4
-    assert bits["model.layers.0.mlp.up_proj.high.weight"] == 8
-    assert bits["model.layers.0.mlp.down_proj.weight"] == 4
+    formats = {weight: d["format"] for d in result.details for weight in d["weights"]}
+    assert formats["model.layers.0.mlp.up_proj.low.weight"] == "int4"
+    assert formats["model.layers.0.mlp.up_proj.high.weight"] == "int8"
+    assert formats["model.layers.0.mlp.down_proj.weight"] == "int4"
 
 
 def test_the_output_projection_is_rotated_but_not_split() -> None:
