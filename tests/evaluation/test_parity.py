@@ -85,11 +85,15 @@ def test_figures_are_what_they_are_called(checkpoint: Path) -> None:
     assert row.kl == pytest.approx(float(kl), abs=1e-5)
 
 
-def test_rounded_activations_are_compared_with_the_noise_of_rounding(checkpoint: Path) -> None:
+@pytest.mark.parametrize("recipe", ["w8a8-rtn", "w8a8-fp8"])
+def test_rounded_activations_are_compared_with_the_noise_of_rounding(
+    recipe: str, checkpoint: Path
+) -> None:
     """A value that falls to the other side of an edge changes by 1/127 of the largest beside it,
-    and logits by some hundredths: the noise is there, and the predictions stay what they are.
+    or by an eighth of itself, and logits by some hundredths: the noise is there, and the
+    predictions stay what they are.
     """
-    result = qc.parity(checkpoint, "w8a8-rtn", ["onnx"], window=12, max_tokens=36, threads=1)
+    result = qc.parity(checkpoint, recipe, ["onnx"], window=12, max_tokens=36, threads=1)
     (row,) = result.targets
     noise = result.noise
     assert noise is not None
