@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from qcompile.analysis.declarations.norms import gain_consumers
+from qcompile.analysis.declarations.norms import gain_consumers, gain_offender
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
@@ -60,10 +60,8 @@ def _gain_and_shift(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 def _offender(node: fx.Node) -> str | None:
     """What keeps a norm from being folded, or None."""
-    consumers, offender = gain_consumers(node)
+    offender = gain_offender(node)
     gain, shift = _gain_and_shift(node)
-    if offender is None and shift is not None and any(_is_experts(user) for user in consumers):
-        offender = "routed experts, which have no shared bias for its shift"
     if offender is None and any(v is not None and v.op != "get_attr" for v in (gain, shift)):
         offender = "nothing that it could be folded into: it is computed"
     return offender

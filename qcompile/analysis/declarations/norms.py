@@ -70,8 +70,12 @@ def _norm(bases: BasisMap, node: fx.Node, gain: Any, bias: Any, centred: bool) -
 
 
 def gain_offender(node: fx.Node) -> str | None:
-    """What keeps a norm's gain from being folded into its consumers; None if nothing does."""
-    return gain_consumers(node)[1]
+    """What keeps a norm's gain and bias from being folded into its consumers, or None."""
+    consumers, offender = gain_consumers(node)
+    has_bias = node.target is dialect.layer_norm and node.args[2] is not None
+    if offender is None and has_bias and any(c.target is dialect.experts for c in consumers):
+        return "routed experts, which have no shared bias for its shift"
+    return offender
 
 
 def gain_consumers(node: fx.Node) -> tuple[list[fx.Node], str | None]:
