@@ -138,6 +138,8 @@ class QuantizeWeights(StepOptions):
         sequential: Whose quantized weights calibration data has gone through when it meets a
             layer: those of every ``"layer"`` before it, of every ``"block"`` before its own, or
             of ``"none"``.
+        rounds: How often calibration data goes through the model; from the second time on, what
+            ``sequential`` leaves float has the quantized weights of the round before.
         ignore: Patterns on names of weights that stay float.
         embedding: Format of the token embedding. None: that of ``lm_head`` where both are one
             tensor, else it stays float.
@@ -156,6 +158,7 @@ class QuantizeWeights(StepOptions):
     options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     scale_search: Literal["absmax", "mse", "l2.4"] = "absmax"
     sequential: Literal["layer", "block", "none"] = "layer"
+    rounds: int = Field(default=1, ge=1)
     ignore: tuple[Pattern, ...] = ()
     embedding: WeightFormatOrFloat | None = None
     lm_head: WeightFormatOrFloat | None = None
