@@ -254,7 +254,7 @@ def test_random_transforms_on_every_site_keep_the_function(name: str) -> None:
     assert_same_function(program, randomize_sites(program, seed=1))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ALL)
 def test_random_transforms_keep_the_function_of_every_architecture(name: str) -> None:
     _, program = raised_tiny_model(name)

@@ -26,13 +26,13 @@ from qcompile.recipe import load_recipe
 MODELS = ("mixtral", "qwen3-moe", "gpt-oss", "qwen2-moe", "glm4-moe", "granite-moe", "phi-moe")
 MODELS += ("deepseek-v2", "deepseek-v3", "olmoe", "ernie4.5-moe", "flex-olmo", "minimax-m2")
 MODELS += ("granite-moe-shared", "dots1")
-FAST = [m if m in (*CORE, "gpt-oss") else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
+EACH = [m if m in CORE else pytest.param(m, marks=pytest.mark.exhaustive) for m in MODELS]
 
 TOKENS = np.random.default_rng(1).integers(2, VOCABULARY, (8, 32))
 
 
 @pytest.mark.parametrize("recipe", ["w4-rtn", "w4-gptq"])
-@pytest.mark.parametrize("model", FAST)
+@pytest.mark.parametrize("model", EACH)
 def test_compiled_mixture_equals_the_program_and_generates(
     model: str, recipe: str, tmp_path: Path
 ) -> None:
