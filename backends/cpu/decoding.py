@@ -14,6 +14,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from qcompile.backends.decoding import Decoder, FloatArray, TokenBatch, logits_of
+from qcompile.backends.onnx.run_errors import naming_failures
 from qcompile.manifest import Role, Signature, ValueInfo
 
 _CAPACITY_STEP = 64
@@ -77,7 +78,8 @@ class CachedDecoder(Decoder):
             self._feed("token_type_ids", np.zeros_like(tokens.ids) if types is None else types)
         self._feed("logit_positions", np.arange(query - count, query))
         logits = self._logits_buffer(count if "logit_positions" in self._inputs else query)
-        self._runtime.run_with_iobinding(self._binding)
+        with naming_failures():
+            self._runtime.run_with_iobinding(self._binding)
         self._length = total
         return logits
 

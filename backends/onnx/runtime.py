@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy.typing as npt
 import onnxruntime
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from qcompile.backends.decoding import Decoder, GrowingDecoder, RecomputingDecoder
 from qcompile.backends.onnx.fixed_decoding import FixedDecoder, is_fixed
+from qcompile.backends.onnx.run_errors import ORT_ERRORS, naming_failures
 from qcompile.backends.session import ModelSession
 from qcompile.errors import ArtifactError, QCompileError, RecipeError
 from qcompile.manifest import Manifest, Signature, ValueInfo
@@ -21,17 +21,6 @@ MODEL_NAME = "model.onnx"
 
 _ERRORS_ONLY = 3  # ONNX Runtime's warnings speak of graphs, not of what the user did
 _ORT_DTYPES = {"float": "float32", "double": "float64"}
-_ORT_ERRORS = (
-    ort_state.EPFail,
-    ort_state.Fail,
-    ort_state.InvalidArgument,
-    ort_state.InvalidGraph,
-    ort_state.InvalidProtobuf,
-    ort_state.NoSuchFile,
-    ort_state.NotImplemented,
-    ort_state.RuntimeException,
-    UnicodeDecodeError,  # an error that quotes a damaged name
-)
 
 
 class OnnxSession(ModelSession):
@@ -48,7 +37,7 @@ class OnnxSession(ModelSession):
         RecipeError: If `threads` is less than 1.
     """
 
-    input_errors = _ORT_ERRORS
+    input_errors = ORT_ERRORS
 
     def __init__(self, directory: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         if threads is not None and threads < 1:
@@ -75,7 +64,7 @@ class OnnxSession(ModelSession):
             options.inter_op_num_threads = 1
             options.log_severity_level = _ERRORS_ONLY
             return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except _ORT_ERRORS as error:
+        except ORT_ERRORS as error:
             raise ArtifactError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot load {path}: {error}",
                 remedy="upgrade onnxruntime, or compile the model again",
@@ -112,15 +101,10 @@ class _OrtEngine:
 
     def run(self, inputs: Sequence[onnxruntime.OrtValue]) -> Sequence[onnxruntime.OrtValue]:
         feeds = dict(zip(self._inputs, inputs, strict=True))
-        try:
+        with naming_failures():
             outputs: Sequence[onnxruntime.OrtValue] = self._runtime.run_with_ort_values(
                 self._outputs, feeds
             )
-        except _ORT_ERRORS as error:
-            raise ArtifactError(
-                f"the model of this artifact failed as it ran: {error}",
-                remedy="if memory lasts, compile the model again",
-            ) from error
         return outputs
 
 
