@@ -1,13 +1,13 @@
 """The rows and columns of the table of transforms: methods as recipes, and precisions.
 
 All weights have one scale per row and are rounded to nearest, whatever a method is published with,
-so that rows differ by their transforms alone.
+so that rows differ by their transforms alone; but for one row, whose weights are GPTQ's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 FLOAT_WEIGHTS: Final = ("lm_head*", "*embed*")
@@ -66,16 +66,19 @@ class Method:
         by_cluster: Whether activations have one static grid per cluster of channels, in place of
             the column's granularity.
         kept: Override of a precision: weights and inputs that have 8 bits.
+        rounding: How weights are rounded, where not to the nearest: options of `quantize_weights`.
     """
 
     transforms: Callable[[Precision], list[Step]]
     by_cluster: bool = False
     kept: str | None = None
+    rounding: Mapping[str, str] = field(default_factory=dict)
 
     def quantization(self, precision: Precision) -> list[Step]:
         """The steps behind the transforms."""
         wide = [{"match": self.kept, "format": "int8"}] if self.kept else []
         weights = {"format": precision.weights, "ignore": FLOAT_WEIGHTS, "overrides": wide}
+        weights |= self.rounding
         inputs: dict[str, Any] = {"format": precision.activations, "ignore": FLOAT_WEIGHTS}
         if self.by_cluster:
             return [{"quantize_weights": weights}, {"quantize_clusters": inputs}]
@@ -121,6 +124,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "awq": Method(_smooth("awq")),
     "atq": Method(_atq),
     "quarot": Method(_plain({"rotate": {"online": ONLINE}})),
+    "quarot, gptq": Method(_plain({"rotate": {"online": ONLINE}}), rounding={"method": "gptq"}),
     "smoothquant, quarot": Method(_smooth_then({"rotate": {"online": ONLINE}})),
     "duquant": Method(_duquant),
     "spinquant": Method(
