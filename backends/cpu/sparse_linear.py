@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.translation import Table
-from qcompile.formats import SparseFormat, StoredWeight, stored_weight
+from qcompile.formats import SparseFormat, StoredWeight
 from qcompile.formats.split import index_dtype
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
@@ -21,6 +21,7 @@ from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.add_sparse.reference import add_sparse
 from qcompile.kernels.cpu import OPERATOR_DOMAIN
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
+from qcompile.passes.lower.stored_linears import stored_linears
 
 aten = torch.ops.aten
 
@@ -43,10 +44,8 @@ class FuseSparseLinear(Pass):
         del context
         result = PassResult()
         editor = Editor(program)
-        for linear in program.calls(aten.linear.default):
-            weight = stored_weight(linear.args[1])
-            if weight is None or not isinstance(weight.format, SparseFormat):
-                continue
+        for linear, weight in stored_linears(program, SparseFormat):
+            assert isinstance(weight.format, SparseFormat)
             x, _, *bias = linear.args
             n, k = weight.shape
             with editor.before(linear):

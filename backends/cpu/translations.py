@@ -14,7 +14,6 @@ from qcompile.backends.cpu.cached_attention import cached_attention
 from qcompile.backends.cpu.sparse_linear import SPARSE_LINEAR
 from qcompile.backends.cpu.vector_linear import VECTOR_LINEAR
 from qcompile.backends.onnx.builder import Builder
-from qcompile.backends.onnx.quantized_experts import QUANTIZED_EXPERTS
 from qcompile.backends.onnx.transform import Place, emit_transform
 from qcompile.backends.onnx.translation import Table, Translation
 from qcompile.ir import dialect
@@ -287,7 +286,7 @@ def _getitem(b: Builder, values: tuple[Any, ...], index: int) -> Any:
     return values[index]
 
 
-TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType({**QUANTIZED_EXPERTS, **_TABLE})
+TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
 """Lowered operators, and those of the dialect that the library has a kernel for."""
 
 

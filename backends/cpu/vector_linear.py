@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.translation import Table
 from qcompile.errors import TargetError
-from qcompile.formats import StoredWeight, VectorFormat, parse_format, stored_weight
+from qcompile.formats import StoredWeight, VectorFormat, parse_format
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
@@ -25,8 +25,7 @@ from qcompile.kernels.cpu import OPERATOR_DOMAIN
 from qcompile.kernels.lookup_vectors.reference import lookup_vectors
 from qcompile.kernels.quantize.groups import group_count
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
-
-aten = torch.ops.aten
+from qcompile.passes.lower.stored_linears import stored_linears
 
 VECTOR_LINEAR = Table()
 """How the operator is written in ONNX."""
@@ -48,10 +47,8 @@ class FuseVectorLinear(Pass):
         del context
         result = PassResult()
         editor = Editor(program)
-        for linear in program.calls(aten.linear.default):
-            weight = stored_weight(linear.args[1])
-            if weight is None or not isinstance(weight.format, VectorFormat):
-                continue
+        for linear, weight in stored_linears(program, VectorFormat):
+            assert isinstance(weight.format, VectorFormat)
             if weight.format.turned:
                 raise TargetError(f"weight '{weight.name}' is turned, and its inputs are not")
             bias = linear.args[2] if len(linear.args) > 2 else None

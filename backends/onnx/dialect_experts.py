@@ -1,29 +1,35 @@
-"""Routed experts in standard operators: all of them, each weighted by what the router says.
+"""Routed experts in standard operators; those of quantized ones stand side by side as codes.
 
-Standard ONNX has no product of matrices chosen by the data, and toolchains for fixed hardware take
-no shapes that depend on it. So every expert computes for every token, side by side in two large
-products; those that a token was not routed to get the weight 0.
+``experts(x, ..., dequantize(up), dequantize(down))``  =>  the two products of `mixture`,
+each with a `DequantizeLinear` (or a look-up) that run times fuse with it. Where the last group of
+an expert's inputs is short, the groups of the second matrices do not follow one another: those
+are decoded side by side, and then turned.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
-import qcompile.ir.dialect  # noqa: F401 -- defines the operators
 from qcompile.backends.onnx.builder import Builder
-from qcompile.backends.onnx.dialect import activate
+from qcompile.backends.onnx.mixture import (
+    COLUMNS,
+    ROWS,
+    Gate,
+    mixture,
+    side_by_side,
+    stack_shape,
+)
+from qcompile.backends.onnx.stored import Placement, StoredCodes, decoded_codes
+from qcompile.backends.onnx.stored_levels import decoded_matrix
 from qcompile.backends.onnx.translation import Table
-from qcompile.backends.onnx.values import UnsupportedError, static_shape
-from qcompile.ir.weights import TensorSpec
+from qcompile.formats import IntegerFormat, IntegerScaleFormat, StoredWeight, stored_weight
+from qcompile.ir import dialect
+from qcompile.kernels.quantize.groups import group_count
 
 EXPERTS = Table()
 
 
-@EXPERTS.register(torch.ops.qc.experts.default)
+@EXPERTS.register(dialect.experts)
 def _experts(
     b: Builder,
     x: ir.Value,
@@ -38,112 +44,35 @@ def _experts(
     limit: float,
     offset: float,
 ) -> ir.Value:
-    columns, rows = side_by_side(b, up, COLUMNS), side_by_side(b, down, ROWS)
+    stored_up, stored_down = stored_weight(b.node.args[3]), stored_weight(b.node.args[5])
+    columns = side_by_side(b, up, COLUMNS) if stored_up is None else _columns(b, stored_up)
+    rows = side_by_side(b, down, ROWS) if stored_down is None else _rows(b, stored_down)
     gate = Gate(kind, gated, limit, offset)
     sizes = stack_shape(b, up)[:2]
     return mixture(b, x, index, weight, columns, up_bias, rows, down_bias, sizes, gate)
 
 
-@dataclass(frozen=True)
-class Gate:
-    """What stands between the matrices of an expert; see `qc::experts`."""
-
-    kind: str
-    gated: bool
-    limit: float
-    offset: float
-
-
-COLUMNS, ROWS = (2, 0, 1), (0, 2, 1)
-"""The axes of ``[E, N, K]`` as ``[K, E N]`` and as ``[E K, N]`` have them."""
+def _columns(b: Builder, weight: StoredWeight) -> ir.Value:
+    """``[E, N, K]`` as ``[K, E N]``, decoded at run time."""
+    experts, n, k = weight.shape
+    size = weight.format.group_size
+    groups = group_count(k, size)
+    placement = Placement(COLUMNS, (experts * n, k), size if size < k else 0, groups)
+    return _decoded(b, weight, placement)
 
 
-def mixture(
-    b: Builder,
-    x: ir.Value,
-    index: ir.Value,
-    weight: ir.Value,
-    up: ir.Value,
-    up_bias: ir.Value | None,
-    down: ir.Value,
-    down_bias: ir.Value | None,
-    sizes: tuple[int, int],
-    gate: Gate,
-) -> ir.Value:
-    """All experts side by side, each weighted by what the router says.
-
-    Args:
-        b: Where nodes go.
-        x: ``[T, D]``.
-        index: ``[T, k]``.
-        weight: ``[T, k]``.
-        up: ``[D, E F]``: the matrices side by side.
-        up_bias: ``[E, F]`` or None.
-        down: ``[E F, D]``, or gated ``[E F / 2, D]``: the matrices one below the other.
-        down_bias: ``[E, D]`` or None.
-        sizes: ``E`` and ``F``.
-        gate: What stands between.
-    """
-    count, width = sizes
-    hidden = b.op("MatMul", x, up)
-    hidden = b.op("Reshape", hidden, [-1, count, width])
-    if up_bias is not None:
-        hidden = b.op("Add", hidden, up_bias)
-    hidden = _middle(b, hidden, gate)
-    routed = _routing(b, index, weight, count)
-    hidden = b.op("Mul", hidden, b.op("Unsqueeze", routed, [-1]))
-    hidden = b.op("Reshape", hidden, [-1, count * (width // 2 if gate.gated else width)])
-    made = b.op("MatMul", hidden, down)
-    return made if down_bias is None else b.op("Add", made, b.op("MatMul", routed, down_bias))
+def _rows(b: Builder, weight: StoredWeight) -> ir.Value:
+    """``[E, N, K]`` as ``[E K, N]``, decoded at run time."""
+    experts, n, k = weight.shape
+    size = weight.format.group_size
+    if 0 < size < k and k % size:
+        decoded = b.op("Reshape", _columns(b, weight), [k, experts, n])
+        return b.op("Reshape", b.op("Transpose", decoded, perm=[1, 0, 2]), [experts * k, n])
+    groups = group_count(k, size)
+    return _decoded(b, weight, Placement(ROWS, (n, experts * k), k // groups, experts * groups))
 
 
-def side_by_side(b: Builder, weight: ir.Value, order: tuple[int, int, int]) -> ir.Value:
-    """Experts' float matrices as one to multiply with from the left.
-
-    Args:
-        b: Where nodes go.
-        weight: ``[E, N, K]``.
-        order: `COLUMNS` for ``[K, E N]``, `ROWS` for ``[E K, N]``.
-    """
-    stacked = stack_shape(b, weight)
-    first, second, last = (stacked[axis] for axis in order)
-    shape = (first, second * last) if order == COLUMNS else (first * second, last)
-    name = b.weight_name(weight)
-    if name is None:
-        return b.op("Reshape", b.op("Transpose", weight, perm=order), list(shape))
-
-    def arrange(stored: Tensor) -> Tensor:
-        return stored.permute(order).reshape(shape)
-
-    spec = TensorSpec(shape, b.weights[str(weight.name)].spec.dtype)
-    return b.arranged_weight(name, "columns" if order == COLUMNS else "rows", spec, arrange)
-
-
-def stack_shape(b: Builder, weight: ir.Value) -> tuple[int, int, int]:
-    """The shape of stacked matrices, ``(E, N, K)``."""
-    shape = static_shape(b.shape(weight))
-    if shape is None or len(shape) != len(COLUMNS):
-        raise UnsupportedError("experts whose number varies")
-    experts, rows, columns = shape
-    return experts, rows, columns
-
-
-def _middle(b: Builder, hidden: ir.Value, gate: Gate) -> ir.Value:
-    """What stands between the products, on ``[T, E, F]`` or, gated, ``[T, E, 2 F]``."""
-    if not gate.gated:
-        return activate(b, hidden, gate.kind)
-    first, other = b.ops("Split", hidden, outputs=2, axis=2, num_outputs=2)
-    if gate.limit > 0:
-        first = b.op("Clip", first, None, gate.limit)
-        other = b.op("Clip", other, -gate.limit, gate.limit)
-    shifted = b.op("Add", other, gate.offset) if gate.offset else other
-    return b.op("Mul", activate(b, first, gate.kind), shifted)
-
-
-def _routing(b: Builder, index: ir.Value, weight: ir.Value, count: int) -> ir.Value:
-    """The weight of each expert for each token, ``[T, E]``, from ``[T, k]`` of the chosen ones."""
-    experts = b.constant(range(count), ir.DataType.INT64)
-    chosen = b.op("Equal", b.op("Unsqueeze", index, [-1]), experts)
-    zero = b.constant(0.0, weight.dtype or b.dtype)
-    shares = b.op("Where", chosen, b.op("Unsqueeze", weight, [-1]), zero)
-    return b.op("ReduceSum", shares, [1], keepdims=0)
+def _decoded(b: Builder, weight: StoredWeight, placement: Placement) -> ir.Value:
+    if isinstance(weight.format, IntegerFormat | IntegerScaleFormat):
+        return decoded_codes(b, StoredCodes.of(weight, placement))
+    return decoded_matrix(b, weight, placement)

@@ -24,7 +24,6 @@ from qcompile.backends.onnx import dialect as standard
 from qcompile.backends.onnx.aten_indexing import embedding as float_embedding
 from qcompile.backends.onnx.aten_linear import linear as float_linear
 from qcompile.backends.onnx.builder import Builder
-from qcompile.backends.onnx.quantized_experts import QUANTIZED_EXPERTS
 from qcompile.backends.onnx.stored import (
     StoredCodes,
     byte_codes,
@@ -173,5 +172,5 @@ def _scalar(b: Builder, node: fx.Node) -> ir.Value:
     return b.arranged_weight(str(node.target), "scalar", spec, lambda x: x.reshape(()))
 
 
-TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType({**_TABLE, **QUANTIZED_EXPERTS})
+TRANSLATIONS: Mapping[Any, Translation] = MappingProxyType(_TABLE)
 """Layers over stored codes; everything else is left to the standard translations."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from qcompile.formats import SplitFormat, stored_weight
+from qcompile.formats import SplitFormat
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult
+from qcompile.passes.lower.stored_linears import stored_linears
 from qcompile.passes.quantize.split_inputs import regroup_input
 
 aten = torch.ops.aten
@@ -38,11 +39,9 @@ class SplitLinears(Pass):
         del context
         result = PassResult()
         editor = Editor(program)
-        for linear in program.calls(aten.linear.default):
-            weight = stored_weight(linear.args[1])
-            if weight is not None and isinstance(weight.format, SplitFormat):
-                _split(editor, linear, [part.value for part in weight.parts])
-                result.rewrites += 1
+        for linear, weight in stored_linears(program, SplitFormat):
+            _split(editor, linear, [part.value for part in weight.parts])
+            result.rewrites += 1
         if result.rewrites:
             program.graph.eliminate_dead_code()
         return result
