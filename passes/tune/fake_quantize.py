@@ -17,6 +17,7 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
 
     Source: Bengio et al. 2013 (arXiv 1308.3432).
     """
+    # torch leaves `apply` without types.
     passed: Tensor = _StraightThrough.apply(soft, hard)  # type: ignore[no-untyped-call]
     return passed
 
@@ -36,6 +37,7 @@ def fake_quantize(
         zero_point: Whole numbers, likewise.
         top: The largest code.
     """
+    # torch leaves `apply` without types.
     decoded: Tensor = _FakeQuantize.apply(values, offset, scale, zero_point, top)  # type: ignore[no-untyped-call]
     return decoded
 

@@ -28,6 +28,7 @@ def narrow_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         float32 ``[..., N]``, good to 3 digits.
     """
+    # torch leaves `apply` without types.
     product: Tensor = _NarrowProduct.apply(x.reshape(-1, x.shape[-1]), weight)  # type: ignore[no-untyped-call]
     product = product.reshape(*x.shape[:-1], weight.shape[0])
     return product if bias is None else product + bias

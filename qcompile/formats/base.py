@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -70,8 +71,11 @@ class Format(ABC):
     `recognize` finds a weight of this family in them again.
     """
 
-    group_size: int
-    """Weights that share a scale, along the last axis; 0 where all of a row do."""
+    if TYPE_CHECKING:  # at run time a property here would be the default of subclasses' fields
+
+        @property
+        def group_size(self) -> int:
+            """Weights that share a scale, along the last axis; 0 where all of a row do."""
 
     @property
     @abstractmethod

@@ -35,7 +35,7 @@ class DenseFormat(Format):
         return next(name for name, dtype in SCALE_DTYPES.items() if dtype == self.dtype)
 
     @property
-    def group_size(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:
         """1: no weight shares anything with another."""
         return 1
 

@@ -64,7 +64,7 @@ class IntegerScaleFormat(ScalarFormat):
         return self.base.bits
 
     @property
-    def group_size(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:
         """Weights that share an integer."""
         return self.base.group_size
 
@@ -135,7 +135,7 @@ class IntegerScaleGrid(Grid):
     scales: BoundScales = field(default_factory=lambda: BoundScales(DOUBLE_QUANTIZED))
 
     @property
-    def group_size(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:  # type: ignore[override]  # other grids have it as a field
         """Weights that share an integer."""
         return self.base.group_size
 

@@ -57,7 +57,7 @@ class SparseFormat(Format):
         return f"{self.base}/{spell_amount(self.amount)}fp16"
 
     @property
-    def group_size(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:
         """That of the base."""
         return self.base.group_size
 

@@ -113,7 +113,7 @@ class SplitFormat(Format):
         return (self.base, *(part.format for part in self.parts))
 
     @property
-    def group_size(self) -> int:  # type: ignore[override]
+    def group_size(self) -> int:
         """That of the base."""
         return self.base.group_size
 

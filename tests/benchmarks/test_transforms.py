@@ -79,6 +79,7 @@ def test_artificial_outliers_keep_the_function(
     tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    # A script beside the package: type checkers do not look there.
     import transforms  # type: ignore[import-not-found]
 
     clean = qc.capture(str(tiny_checkpoint("llama")))
