@@ -273,13 +273,19 @@ def _activation_findings(weights: WeightPlan, recipe: Recipe, target: Target) ->
             continue
         rounding = make_pass(step.name, step.options)
         assert isinstance(rounding, RoundActivations)
-        instead = f"use {' or '.join(sorted(known))}" if known else "leave the step out"
         for weight in weights.weights:
             format = rounding.format_of(weight.name)
             reads = weight.format is not None and not _EMBEDDINGS.issuperset(weight.parts)
             if reads and format is not None and str(format) not in known:
                 reason = f"the {target.name} target has no {format} activations"
-                yield Finding(weight.name, reason, instead)
+                yield Finding(weight.name, reason, _other_activations(str(format), known))
+
+
+def _other_activations(wanted: str, known: frozenset[str]) -> str:
+    """A remedy: formats of the same kind, or else the others."""
+    integers = {name for name in known if name.startswith("int")}
+    alike = (integers if wanted.startswith("int") else known - integers) or known
+    return f"use {' or '.join(sorted(alike))}" if alike else "leave the step out"
 
 
 def _cache_findings(recipe: Recipe, target: Target) -> Iterator[Finding]:
@@ -364,7 +370,7 @@ def _verdicts(
     refused = {finding.layer for finding in findings}
     stored = {tensor.name: tensor for tensor in bits.tensors}
     rounded = {
-        name: str(detail["format"])
+        name: str(detail.get("choice", detail["format"]))
         for record in records
         if record.name in ("quantize_activations", "quantize_clusters")
         for detail in record.result.details

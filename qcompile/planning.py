@@ -34,9 +34,9 @@ from qcompile.passes.quantize.allocation.plan import candidate_formats, open_wei
 from qcompile.passes.quantize.layers import LayerWeight, layer_weights
 from qcompile.passes.quantize.policy import FormatPolicy
 from qcompile.passes.quantize.quantize_activations import (
-    Grids,
     QuantizeActivations,
     RoundedInput,
+    Rounding,
 )
 from qcompile.passes.quantize.quantize_clusters import QuantizeClusters
 from qcompile.passes.quantize.replace_weight import replace_weight
@@ -223,13 +223,20 @@ class PlanActivations(QuantizeActivations):
         """That of the pass whose work it plans."""
         return "quantize_activations"
 
-    def _measure(self, program: Program, inputs: Sequence[RoundedInput], context: Context) -> Grids:
+    def _choose(
+        self, program: Program, inputs: Sequence[RoundedInput], context: Context
+    ) -> list[Rounding]:
         del program, context
-        grids: Grids = {}
-        for group in inputs:
-            unknown = torch.empty(self.scale_shape(group), device="meta")
-            grids[group.value, group.format] = group.format.grid(unknown, unknown)
-        return grids
+        return [self._planned(group) for group in inputs]
+
+    def _planned(self, group: RoundedInput) -> Rounding:
+        """The first format that an input may get; all that it may get cost the same."""
+        format = group.choice.candidates[0]
+        shape = self.scale_shape(group)
+        if shape is None:
+            return Rounding(format)
+        unknown = torch.empty(shape, device="meta")
+        return Rounding(format, format.grid(unknown, unknown))
 
 
 class PlanClusters(QuantizeClusters):

@@ -18,12 +18,16 @@ from qcompile.ir.types import Role
 from qcompile.kernels.cpu.layout import KERNEL_LAYOUT_VERSION
 from qcompile.kernels.kv_append.rows import CACHE_FORMATS
 from qcompile.passes.infra import Context, PassManager
+from qcompile.passes.quantize.activation_formats import FLOATS
 from qcompile.progress import Progress
 
 CAPACITY = "capacity"
 """Name of the cache axis in the artifact: the runtime's buffers are longer than what they hold."""
 
 _CACHE_ROLES = (Role.PAST_KEY, Role.PAST_VALUE, Role.PRESENT_KEY, Role.PRESENT_VALUE)
+
+
+_ACTIVATIONS = frozenset({"int8", "int8-asym", *map(str, FLOATS)})
 
 
 class CpuTarget(Target):
@@ -33,11 +37,11 @@ class CpuTarget(Target):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the kernels read; activations of 8 bits."""
+        """What the kernels read; activations of 8-bit integers, or floats of any width."""
         return Capabilities(
             weight_format=unmultipliable_reason,
             embedding_format=unpackable_reason,
-            activation_formats=frozenset({"int8", "int8-asym", "e4m3", "e5m2"}),
+            activation_formats=_ACTIVATIONS,
             cache_formats=frozenset(CACHE_FORMATS),
             sparse_floats=True,
         )

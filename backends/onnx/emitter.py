@@ -19,7 +19,7 @@ from qcompile.backends.onnx.decompose import decompose
 from qcompile.backends.onnx.dialect import DIALECT
 from qcompile.backends.onnx.dialect_cache import CACHE
 from qcompile.backends.onnx.dialect_experts import EXPERTS
-from qcompile.backends.onnx.dialect_float8 import FLOAT8
+from qcompile.backends.onnx.dialect_float import FLOATS
 from qcompile.backends.onnx.dialect_lookup import LOOKUP
 from qcompile.backends.onnx.dialect_sparse import SPARSE
 from qcompile.backends.onnx.ports import DimensionNames
@@ -47,7 +47,7 @@ _CUSTOM_OPSET = 1
 _LISTED = 5
 
 STANDARD: Mapping[Any, Translation] = MappingProxyType(
-    {**PYTHON, **ATEN, **DIALECT, **CACHE, **EXPERTS, **LOOKUP, **FLOAT8, **SPARSE}
+    {**PYTHON, **ATEN, **DIALECT, **CACHE, **EXPERTS, **LOOKUP, **FLOATS, **SPARSE}
 )
 """Every call target that the standard operators can express."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from qcompile.backends.onnx.builder import Builder
 from qcompile.backends.onnx.dialect import spread_groups
-from qcompile.backends.onnx.dialect_float8 import FLOAT8_TYPES
+from qcompile.backends.onnx.dialect_float import FLOAT8_TYPES
 from qcompile.backends.onnx.dialect_lookup import look_up
 from qcompile.backends.onnx.stored import (
     Placement,

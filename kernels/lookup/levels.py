@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import inf, isfinite, nan
 from statistics import NormalDist
@@ -23,6 +24,34 @@ MOST_LEVELS = 256
 """Codes are bytes."""
 
 _FLOAT = re.compile(r"e([1-8])m([0-7])")
+
+
+@dataclass(frozen=True)
+class FloatFields:
+    """What the codes of small floats consist of, behind a sign bit.
+
+    The exponent's bias is ``2^(E-1) - 1``, at least 0, and there are subnormals.
+
+    Attributes:
+        exponent_bits: E.
+        mantissa_bits: M.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+
+    @property
+    def least_exponent(self) -> int:
+        """That of the smallest normal number, and of all subnormal ones."""
+        return 2 - max(1 << self.exponent_bits - 1, 1)
+
+
+def float_fields(table: str) -> FloatFields | None:
+    """The fields of a table of small floats, or None if it is something else."""
+    match = _FLOAT.fullmatch(table)
+    if match is None or int(match[1]) + int(match[2]) > 7:
+        return None
+    return FloatFields(int(match[1]), int(match[2]))
 
 
 @lru_cache(maxsize=256)
@@ -47,9 +76,9 @@ def levels(table: str) -> tuple[float, ...]:
         return (*(2.0**exponent for exponent in range(-127, 128)), nan)
     if table == "uint8":
         return tuple(float(code) for code in range(256))
-    match = _FLOAT.fullmatch(table)
-    if match is not None and int(match[1]) + int(match[2]) < 8:
-        return _small_float(int(match[1]), int(match[2]))
+    fields = float_fields(table)
+    if fields is not None:
+        return _small_float(fields)
     if table.startswith("("):
         return _numbers(table)
     raise ValueError(f"'{table}' is no table of levels")
@@ -69,22 +98,21 @@ def code_bits(table: str) -> int:
     return max(1, (len(levels(table)) - 1).bit_length())
 
 
-def _small_float(exponent_bits: int, mantissa_bits: int) -> tuple[float, ...]:
-    """All codes, sign bit first, with a bias of 2^(E-1) - 1 (at least 0) and subnormals.
+def _small_float(fields: FloatFields) -> tuple[float, ...]:
+    """All codes, sign bit first.
 
     As in the OCP specifications: e4m3 has a NaN for its last code and no infinities, e5m2 is like
     IEEE 754's types, and the smaller ones are all numbers.
     """
-    bias = max(2 ** (exponent_bits - 1) - 1, 0)
     positive = []
-    for exponent in range(2**exponent_bits):
-        for mantissa in range(2**mantissa_bits):
+    for exponent in range(2**fields.exponent_bits):
+        for mantissa in range(2**fields.mantissa_bits):
             implicit = 1 if exponent else 0
-            fraction = implicit + mantissa / 2**mantissa_bits
-            positive.append(fraction * 2.0 ** (max(exponent, 1) - bias))
-    if (exponent_bits, mantissa_bits) == (4, 3):
+            fraction = implicit + mantissa / 2**fields.mantissa_bits
+            positive.append(fraction * 2.0 ** (max(exponent, 1) - 1 + fields.least_exponent))
+    if fields == FloatFields(4, 3):
         positive[-1] = nan
-    if (exponent_bits, mantissa_bits) == (5, 2):
+    if fields == FloatFields(5, 2):
         positive[-4:] = [inf, nan, nan, nan]
     return (*positive, *(-value for value in positive))
 

@@ -5,7 +5,9 @@
 | ``int2`` ... ``int8`` | evenly spaced, symmetric |
 | ``int2-asym`` ... ``int8-asym`` | evenly spaced, with zero points; for static scales |
 | ``fp8``, or ``e4m3`` | 8-bit floats up to 448, saturating |
-| ``e5m2`` | 8-bit floats of more range and less precision |
+| ``fp4``, or ``e2m1`` | 4-bit floats: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives |
+| ``e<E>m<M>`` | floats of a sign, E exponent (1 to 5) and M mantissa bits, 3 to 8 in all |
+| ``fp3-searched`` ... ``fp8-searched`` | floats split as loses least on calibration data |
 """
 
 from __future__ import annotations
@@ -24,12 +26,8 @@ from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.lookup.reference import lookup
-from qcompile.kernels.quantize.reference import quantize
-from qcompile.kernels.quantize_float8.reference import (
-    FLOAT8_TYPES,
-    largest_float8,
-    quantize_float8,
-)
+from qcompile.kernels.quantize.reference import dynamic_scale, quantize
+from qcompile.kernels.quantize_float.reference import float_scale, largest_level, quantize_float
 
 T = TypeVar("T", Tensor, fx.Node)
 
@@ -59,8 +57,22 @@ def store_grid(editor: Editor, stem: str, grid: Grid[Tensor]) -> Grid[fx.Node]:
     return Grid(scale, None if grid.zero_point is None else put("zero_point", grid.zero_point))
 
 
-class ActivationFormat(ABC):
-    """Codes of activations. `str` gives the canonical name."""
+class ActivationChoice(ABC):
+    """What a recipe asks for. `str` gives the canonical name."""
+
+    @property
+    @abstractmethod
+    def candidates(self) -> tuple[ActivationFormat, ...]:
+        """The formats that it may become; several are chosen from by calibration data."""
+
+
+class ActivationFormat(ActivationChoice):
+    """Codes of activations."""
+
+    @property
+    def candidates(self) -> tuple[ActivationFormat, ...]:
+        """Itself."""
+        return (self,)
 
     @property
     @abstractmethod
@@ -80,12 +92,16 @@ class ActivationFormat(ABC):
         """
 
     @abstractmethod
-    def round(self, x: Tensor, grid: Grid[Tensor]) -> Tensor:
-        """Values to the nearest ones of a grid with one group."""
+    def covering(self, x: Tensor, group_size: int) -> Grid[Tensor]:
+        """The symmetric grid that covers each group of values ``[..., K]``, ``[..., G]``."""
+
+    @abstractmethod
+    def round(self, x: Tensor, grid: Grid[Tensor], group_size: int = 0) -> Tensor:
+        """Values to the nearest ones of a grid."""
 
     @abstractmethod
     def measure(self, editor: Editor, x: fx.Node, group_size: int) -> Grid[fx.Node]:
-        """Inserts what measures a symmetric grid at run time, ``[..., G]``."""
+        """Inserts what finds `covering` at run time."""
 
     @abstractmethod
     def emit(self, editor: Editor, x: fx.Node, grid: Grid[fx.Node], group_size: int) -> fx.Node:
@@ -122,10 +138,14 @@ class IntegerActivations(ActivationFormat):
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         return Grid(scale.float(), (-least / scale).round().to(torch.uint8))
 
-    def round(self, x: Tensor, grid: Grid[Tensor]) -> Tensor:
+    def covering(self, x: Tensor, group_size: int) -> Grid[Tensor]:
+        """See `ActivationFormat.covering`."""
+        return Grid(dynamic_scale(x, self.bits, group_size))
+
+    def round(self, x: Tensor, grid: Grid[Tensor], group_size: int = 0) -> Tensor:
         """See `ActivationFormat.round`."""
-        codes = quantize(x, grid.scale, grid.zero_point, self.bits, 0)
-        return dequantize(codes, grid.scale, grid.zero_point, self.bits, 0)
+        how = (grid.scale, grid.zero_point, self.bits, group_size)
+        return dequantize(quantize(x, *how), *how)
 
     def measure(self, editor: Editor, x: fx.Node, group_size: int) -> Grid[fx.Node]:
         """One `qc.dynamic_scale`."""
@@ -138,11 +158,11 @@ class IntegerActivations(ActivationFormat):
 
 
 @dataclass(frozen=True)
-class Float8Activations(ActivationFormat):
-    """8-bit floats times a scale.
+class FloatActivations(ActivationFormat):
+    """Small floats times a scale, which is what others call a real-valued exponent bias.
 
     Attributes:
-        levels: ``"e4m3"`` or ``"e5m2"``.
+        levels: The table: ``"e2m1"``, ``"e4m3"``.
     """
 
     levels: str
@@ -157,21 +177,25 @@ class Float8Activations(ActivationFormat):
 
     def grid(self, low: Tensor, high: Tensor) -> Grid[Tensor]:
         """See `ActivationFormat.grid`."""
-        return _symmetric_grid(low, high, largest_float8(self.levels))
+        return _symmetric_grid(low, high, largest_level(self.levels))
 
-    def round(self, x: Tensor, grid: Grid[Tensor]) -> Tensor:
+    def covering(self, x: Tensor, group_size: int) -> Grid[Tensor]:
+        """See `ActivationFormat.covering`."""
+        return Grid(float_scale(x, self.levels, group_size))
+
+    def round(self, x: Tensor, grid: Grid[Tensor], group_size: int = 0) -> Tensor:
         """See `ActivationFormat.round`."""
-        codes = quantize_float8(x, grid.scale, self.levels, 0)
-        return lookup(codes, grid.scale, self.levels, 0)
+        how = (grid.scale, self.levels, group_size)
+        return lookup(quantize_float(x, *how), *how)
 
     def measure(self, editor: Editor, x: fx.Node, group_size: int) -> Grid[fx.Node]:
-        """One `qc.float8_scale`."""
-        return Grid(editor.call(dialect.float8_scale, x, self.levels, group_size))
+        """One `qc.float_scale`."""
+        return Grid(editor.call(dialect.float_scale, x, self.levels, group_size))
 
     def emit(self, editor: Editor, x: fx.Node, grid: Grid[fx.Node], group_size: int) -> fx.Node:
-        """A `qc.quantize_float8` and a `qc.lookup`."""
+        """A `qc.quantize_float` and a `qc.lookup`."""
         how = (grid.scale, self.levels, group_size)
-        return editor.call(dialect.lookup, editor.call(dialect.quantize_float8, x, *how), *how)
+        return editor.call(dialect.lookup, editor.call(dialect.quantize_float, x, *how), *how)
 
 
 def _symmetric_grid(low: Tensor, high: Tensor, largest: float) -> Grid[Tensor]:
@@ -179,23 +203,55 @@ def _symmetric_grid(low: Tensor, high: Tensor, largest: float) -> Grid[Tensor]:
     return Grid(torch.where(scale == 0, torch.ones_like(scale), scale).float())
 
 
-ACTIVATION_FORMATS: Mapping[str, ActivationFormat] = MappingProxyType(
-    {
-        str(format): format
-        for format in (
-            *(IntegerActivations(bits) for bits in range(2, 9)),
-            *(IntegerActivations(bits, symmetric=False) for bits in range(2, 9)),
-            *map(Float8Activations, FLOAT8_TYPES),
-        )
-    }
+_MOST_EXPONENT_BITS = 5
+
+
+@dataclass(frozen=True)
+class SearchedFloats(ActivationChoice):
+    """Small floats whose bits are split into exponent and mantissa as loses least.
+
+    Attributes:
+        bits: Width of the codes, 3 to 8.
+
+    Source: Liu et al. 2023, "LLM-FP4" (arXiv 2310.16836), section 3.
+    """
+
+    bits: int
+
+    def __str__(self) -> str:
+        return f"fp{self.bits}-searched"
+
+    @property
+    def candidates(self) -> tuple[ActivationFormat, ...]:
+        """All splits, by falling precision of the largest values."""
+        exponents = range(1, min(self.bits - 1, _MOST_EXPONENT_BITS) + 1)
+        return tuple(FloatActivations(f"e{e}m{self.bits - 1 - e}") for e in exponents)
+
+
+_SEARCHED = tuple(map(SearchedFloats, range(3, 9)))
+
+INTEGERS: tuple[ActivationFormat, ...] = (
+    *(IntegerActivations(bits) for bits in range(2, 9)),
+    *(IntegerActivations(bits, symmetric=False) for bits in range(2, 9)),
 )
-"""Every format by its canonical name."""
+"""Evenly spaced codes, symmetric and not."""
 
-_ALIASES = {"fp8": "e4m3"}
+FLOATS: tuple[ActivationChoice, ...] = (
+    *(format for choice in _SEARCHED for format in choice.candidates),
+    *_SEARCHED,
+)
+"""Small floats, and choices of these."""
+
+ACTIVATION_FORMATS: Mapping[str, ActivationChoice] = MappingProxyType(
+    {str(format): format for format in (*INTEGERS, *FLOATS)}
+)
+"""All that a recipe can ask for, by canonical name."""
+
+_ALIASES = {"fp4": "e2m1", "fp8": "e4m3"}
 
 
-def parse_activation_format(name: str) -> ActivationFormat:
-    """The format of a name.
+def parse_activation_format(name: str) -> ActivationChoice:
+    """The format of a name, or what it leaves to choose from.
 
     Raises:
         RecipeError: There is none.

@@ -50,17 +50,26 @@ def _grid_within(seen: Histogram, format: ActivationFormat, limit: float) -> Gri
     return format.grid(low, high)
 
 
+def rounding_error(seen: Histogram, format: ActivationFormat, grid: Grid[Tensor]) -> float:
+    """The squared error of rounding all that was seen; see `tensor_grid` for the grid."""
+    values, counts = _values(seen)
+    return float((counts * (values - format.round(values, grid)).square()).sum())
+
+
 def _least_error(seen: Histogram, format: ActivationFormat) -> float:
     """The limit at which clipping and rounding together lose least (squared error)."""
-    middles, _ = seen.magnitudes()
-    values = torch.cat((middles, -middles))
-    counts = torch.cat((seen.positive, seen.negative))
-    values, counts = values[counts > 0], counts[counts > 0].to(torch.float64)
     largest = seen.percentile(1.0)
     candidates = [largest * (1 - i / 100) for i in range(_SHRINK_STEPS)]
 
     def error(limit: float) -> float:
-        rounded = format.round(values, _grid_within(seen, format, limit))
-        return float((counts * (values - rounded).square()).sum())
+        return rounding_error(seen, format, _grid_within(seen, format, limit))
 
     return min(candidates, key=error) if largest else 0.0
+
+
+def _values(seen: Histogram) -> tuple[Tensor, Tensor]:
+    """What was seen but zeros, and how often, float64 each."""
+    middles, _ = seen.magnitudes()
+    values = torch.cat((middles, -middles))
+    counts = torch.cat((seen.positive, seen.negative))
+    return values[counts > 0], counts[counts > 0].to(torch.float64)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, fx
 
-from qcompile.calibration.requests import Request
-from qcompile.calibration.statistics import ChannelRange, Histogram
+from qcompile.calibration.requests import Request, Statistics
+from qcompile.calibration.statistics import ChannelRange, Histogram, Statistic
 from qcompile.errors import RecipeError
 from qcompile.formats import stored_weight
 from qcompile.ir import dialect
@@ -19,14 +20,21 @@ from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Lossy, Numerics, Pass, PassResult, Skip
 from qcompile.passes.measure import measure
 from qcompile.passes.quantize.activation_formats import (
+    ActivationChoice,
     ActivationFormat,
     Grid,
     parse_activation_format,
     store_grid,
 )
-from qcompile.passes.quantize.activation_ranges import RANGE_METHODS, RangeMethod, tensor_grid
+from qcompile.passes.quantize.activation_ranges import (
+    RANGE_METHODS,
+    RangeMethod,
+    rounding_error,
+    tensor_grid,
+)
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import Override, matches_any
+from qcompile.passes.quantize.rounding_errors import RoundingErrors, Trial
 from qcompile.passes.quantize.split_inputs import coded_reads
 
 Granularity = Literal["token", "group", "tensor", "channel"]
@@ -45,7 +53,7 @@ class RoundedInput:
     Attributes:
         value: The value.
         group_size: Channels per scale; 0 is one scale for all.
-        format: Of its codes.
+        choice: What its codes may be.
         stem: What its stored scales are named after.
         readers: Linears, or what puts parts of their inputs together.
         weights: Names of the linears' weights.
@@ -53,14 +61,23 @@ class RoundedInput:
 
     value: fx.Node
     group_size: int
-    format: ActivationFormat
+    choice: ActivationChoice
     stem: str
     readers: list[fx.Node]
     weights: list[str]
 
 
-Grids = dict[tuple[fx.Node, ActivationFormat], Grid[Tensor]]
-"""Static grids by value and format: of tensors ``[1]``, or ``[K]`` per channel."""
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """What an input is rounded to.
+
+    Attributes:
+        format: Of its codes.
+        grid: Its static grid, ``[1]`` or ``[K]`` per channel; None: measured at run time.
+    """
+
+    format: ActivationFormat
+    grid: Grid[Tensor] | None = None
 
 
 class QuantizeActivations(Pass):
@@ -83,11 +100,14 @@ class QuantizeActivations(Pass):
         %3 = qc.dequantize(%2, @w.input_scale, None, 8, 0)
         %4 = aten.linear(%3, %w)
 
-    8-bit floats have ``qc.float8_scale``, ``qc.quantize_float8`` and ``qc.lookup`` in these places.
+    Floats have ``qc.float_scale``, ``qc.quantize_float`` and ``qc.lookup`` in these places.
     Linears that share an input, a group size and a format share the nodes. Where columns of a
     weight stay floats, their inputs do; those of each other part are rounded by themselves. Each
     rounded input leaves a record in the result's details: ``input, format, group_size, weights``,
-    and ``scale`` where it is one static number.
+    ``choice`` where the recipe leaves one, and ``scale`` where it is one static number.
+
+    Where the recipe leaves a choice of formats, ``"fp4-searched"``, each input gets the one that
+    calibration data loses least by (squared error), with the scales that it will have.
 
     Args:
         format: A name; see `qcompile.passes.quantize.activation_formats`.
@@ -135,14 +155,20 @@ class QuantizeActivations(Pass):
         self._percentile = percentile
         self._ignore = tuple(ignore)
         self._overrides = [_override(item) for item in overrides]
-        formats = (self._format, *(format for _, format in self._overrides))
+        choices = (self._format, *(choice for _, choice in self._overrides))
+        formats = [format for choice in choices for format in choice.candidates]
         if not self._is_static and any(format.has_zero_point for format in formats):
             raise RecipeError(
                 f"scales per {granularity} are measured at run time and have no zero points",
                 remedy="use granularity 'tensor' or 'channel', or a format without -asym",
             )
+        if granularity == "channel" and len(formats) > len(choices):
+            raise RecipeError(
+                "no format is searched where scales are per channel",
+                remedy="use granularity 'token', 'group' or 'tensor', or name the format: e2m1",
+            )
 
-    def format_of(self, name: str) -> ActivationFormat | None:
+    def format_of(self, name: str) -> ActivationChoice | None:
         """What the input of a weight of this name is rounded to; None leaves it as it is."""
         if matches_any(self._ignore, name):
             return None
@@ -153,28 +179,30 @@ class QuantizeActivations(Pass):
         """Rounds inputs, in graph order.
 
         Raises:
-            DataError: Static scales are asked for, and there is no calibration data.
+            DataError: Static scales or searched formats are asked for, and there is no calibration
+                data.
         """
         result = PassResult()
         groups = list(self._inputs(program, result))
-        grids = self._measure(program, groups, context) if self._is_static else {}
         editor = Editor(program)
-        for group in groups:
+        for group, rounding in zip(groups, self._choose(program, groups, context), strict=True):
+            format, numbers = rounding.format, rounding.grid
             detail: dict[str, object] = {
                 "input": group.value.name,
-                "format": str(group.format),
+                "format": str(format),
                 "group_size": group.group_size,
                 "weights": group.weights,
             }
+            if group.choice != format:
+                detail["choice"] = str(group.choice)
             with editor.before(group.readers[0]):
-                if self._is_static:
-                    numbers = grids[group.value, group.format]
+                if numbers is None:
+                    grid = format.measure(editor, group.value, group.group_size)
+                else:
                     grid = store_grid(editor, group.stem, numbers)
                     if numbers.scale.numel() == 1 and not numbers.scale.is_meta:
                         detail["scale"] = float(numbers.scale)
-                else:
-                    grid = group.format.measure(editor, group.value, group.group_size)
-                rounded = group.format.emit(editor, group.value, grid, group.group_size)
+                rounded = format.emit(editor, group.value, grid, group.group_size)
             for reader in group.readers:
                 reader.replace_input_with(group.value, rounded)
             result.rewrites += len(group.readers)
@@ -187,14 +215,14 @@ class QuantizeActivations(Pass):
 
     def _inputs(self, program: Program, result: PassResult) -> Iterator[RoundedInput]:
         """The values to round, in graph order; linears that are passed over become skips."""
-        found: dict[tuple[fx.Node, int, ActivationFormat], RoundedInput] = {}
+        found: dict[tuple[fx.Node, int, ActivationChoice], RoundedInput] = {}
         for linear in program.calls(LINEAR):
             weight = stored_weight(linear.args[1])
             source = linear.args[0]
             if weight is None or not isinstance(source, fx.Node):
                 continue
-            format = self.format_of(weight.name)
-            if format is None:
+            choice = self.format_of(weight.name)
+            if choice is None:
                 result.skips.append(Skip(weight.name, "its input is kept float by the recipe"))
                 continue
             if source.target in _DECODES:
@@ -202,43 +230,73 @@ class QuantizeActivations(Pass):
                 continue
             for read in coded_reads(program, linear, weight):
                 size = {"group": read.group_size, "channel": 1}.get(self._granularity, 0)
-                group = RoundedInput(read.value, size, format, read.stem, [], [])
-                entry = found.setdefault((read.value, size, format), group)
+                group = RoundedInput(read.value, size, choice, read.stem, [], [])
+                entry = found.setdefault((read.value, size, choice), group)
                 entry.readers.append(read.reader)
                 entry.weights.append(weight.name)
         yield from found.values()
 
-    def scale_shape(self, group: RoundedInput) -> tuple[int]:
-        """The shape of an input's static scale."""
+    def scale_shape(self, group: RoundedInput) -> tuple[int] | None:
+        """The shape of an input's static scale; None where it is measured at run time."""
+        if not self._is_static:
+            return None
         channels = int(group.value.meta["val"].shape[-1])
         return (channels if self._granularity == "channel" else 1,)
 
-    def _measure(self, program: Program, inputs: Sequence[RoundedInput], context: Context) -> Grids:
-        """Grids of inputs in their formats, measured on the context's calibration data."""
-        seen = ChannelRange if self._granularity == "channel" else Histogram
-        found = measure(
-            program,
-            [Request(group.value, seen) for group in inputs],
-            context,
-            "activation quantization with static scales",
-        )
-        grids: Grids = {}
+    def _choose(
+        self, program: Program, inputs: Sequence[RoundedInput], context: Context
+    ) -> list[Rounding]:
+        """What each input is rounded to, by the context's calibration data where it is needed."""
+        searched = any(len(group.choice.candidates) > 1 for group in inputs)
+        if not searched and not self._is_static:
+            return [Rounding(format) for group in inputs for format in group.choice.candidates]
+        what = "with static scales" if self._is_static else "in searched formats"
+        purpose = f"activation quantization {what}"
+        found = measure(program, self._requests(inputs), context, purpose)
+        return [self._least_error(group, found) for group in inputs]
+
+    def _requests(self, inputs: Sequence[RoundedInput]) -> list[Request]:
+        if self._is_static:
+            seen: type[Statistic] = ChannelRange if self._granularity == "channel" else Histogram
+            return [Request(group.value, seen) for group in inputs]
+        trials: dict[fx.Node, list[Trial]] = {}
         for group in inputs:
-            key = (group.value, group.format)
-            if seen is ChannelRange:
-                channels = found.of(group.value, ChannelRange)
-                grids[key] = group.format.grid(channels.low, channels.high)
-            else:
-                values = found.of(group.value, Histogram)
-                grids[key] = tensor_grid(values, group.format, self._ranges, self._percentile)
-        return grids
+            of_value = trials.setdefault(group.value, [])
+            of_value += ((format, group.group_size) for format in group.choice.candidates)
+        return [
+            Request(value, partial(RoundingErrors, tuple(of_value)))
+            for value, of_value in trials.items()
+        ]
+
+    def _least_error(self, group: RoundedInput, found: Statistics) -> Rounding:
+        formats = group.choice.candidates
+        if self._granularity == "channel":
+            channels = found.of(group.value, ChannelRange)
+            return Rounding(formats[0], formats[0].grid(channels.low, channels.high))
+        if not self._is_static:
+            errors = found.of(group.value, RoundingErrors)
+            best = min(formats, key=lambda format: errors.of_trial(format, group.group_size))
+            return Rounding(best)
+        values = found.of(group.value, Histogram)
+        tried = [
+            Rounding(format, tensor_grid(values, format, self._ranges, self._percentile))
+            for format in formats
+        ]
+        if len(tried) == 1:
+            return tried[0]
+        return min(tried, key=lambda trial: _error(values, trial))
+
+
+def _error(seen: Histogram, rounding: Rounding) -> float:
+    assert rounding.grid is not None
+    return rounding_error(seen, rounding.format, rounding.grid)
 
 
 _DECODES = frozenset({dialect.dequantize, dialect.lookup})
 """What ends a rounding, and what stored weights are decoded by."""
 
 
-def _override(item: Override | Mapping[str, str]) -> tuple[str, ActivationFormat]:
+def _override(item: Override | Mapping[str, str]) -> tuple[str, ActivationChoice]:
     if isinstance(item, Mapping):
         return item["match"], parse_activation_format(item["format"])
     return item.match, parse_activation_format(item.format)

@@ -18,7 +18,11 @@ from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
 from qcompile.passes.measure import measure
-from qcompile.passes.quantize.policy import matches_any
+from qcompile.passes.quantize.activation_formats import (
+    ActivationFormat,
+    parse_activation_format,
+)
+from qcompile.passes.quantize.policy import FLOAT, matches_any
 from qcompile.passes.transform.absorb import absorb
 from qcompile.passes.transform.peak_rows import LargestRows
 from qcompile.passes.transform.smoothing.methods import RULES, Magnitudes, ScaleRule
@@ -78,7 +82,8 @@ class Smooth(Pass):
         method: A key of `RULES`.
         strength: The same for all sites; None searches.
         weights: The format that the search rounds weights to.
-        activations: ``"int4"`` and the like, or ``"float"``: what it does to activations.
+        activations: What it rounds activations to, such as ``"int4"`` or ``"fp4"``, without zero
+            points; or ``"float"``, to leave them.
         granularity: Whether activations have one scale per ``"token"`` or per ``"tensor"``.
         online: Linears before which `Rotate` will leave a Hadamard transform.
         ignore: Patterns on names of weights; a site that one of them reads stays as it is.
@@ -107,17 +112,12 @@ class Smooth(Pass):
             raise RecipeError(
                 f"unknown method '{method}' of smooth", remedy=f"known: {', '.join(RULES)}"
             )
-        bits = {"float": None, **{f"int{bits}": bits for bits in range(2, 9)}}
-        if activations not in bits:
-            raise RecipeError(
-                f"smooth cannot round activations to '{activations}'",
-                remedy=f"known: {', '.join(bits)}",
-            )
         self._rule: ScaleRule = RULES[method]
         self._method = method
         self._strength = strength
         format = weights if isinstance(weights, Format) else parse_format(weights)
-        self._rounding = Rounding(format, bits[activations], granularity == "tensor")
+        rounded = None if activations == FLOAT else _format_of(activations)
+        self._rounding = Rounding(format, rounded, granularity == "tensor")
         self._online = frozenset(online)
         self._ignore = tuple(ignore)
 
@@ -222,6 +222,22 @@ class Smooth(Pass):
             self._rule.scale(block, strength).clamp(1 / _LARGEST_SCALE, _LARGEST_SCALE)
             for block in seen
         ]
+
+
+def _format_of(name: str) -> ActivationFormat:
+    """One format of activations that the search can round to.
+
+    Raises:
+        RecipeError: It is unknown, has zero points, or is a choice of several.
+    """
+    choice = parse_activation_format(name)
+    format, *others = choice.candidates
+    if others or format.has_zero_point:
+        raise RecipeError(
+            f"smooth cannot round activations to '{name}'",
+            remedy="use one symmetric format, such as int8 or fp4, or 'float'",
+        )
+    return format
 
 
 def _seen(program: Program, site: ScaleSite, found: Statistics) -> list[Magnitudes]:

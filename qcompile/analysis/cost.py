@@ -316,7 +316,7 @@ _FORMULAS: Mapping[Any, Formula] = MappingProxyType(
         aten.scaled_dot_product_attention.default: _attention_flops,
         dialect.attention: _attention_flops,
         dialect.dynamic_scale: _scale_flops,
-        dialect.float8_scale: _scale_flops,
+        dialect.float_scale: _scale_flops,
         dialect.transform: _transform_flops,
         dialect.experts: _experts_flops,
     }
@@ -330,7 +330,7 @@ _PER_ELEMENT: Mapping[Any, int] = MappingProxyType(
         dialect.act: 4,
         dialect.gated_act: 5,
         dialect.quantize: 2,
-        dialect.quantize_float8: 2,
+        dialect.quantize_float: 2,
         dialect.dequantize: 2,
         aten.softmax.int: 5,
         aten.silu.default: 4,

@@ -173,7 +173,7 @@ def parity(
     progress.stage("interpret")
     reference = _Reference(program, samples)
     noise = None
-    if any(program.calls(dialect.quantize, dialect.quantize_float8)):
+    if any(program.calls(dialect.quantize, dialect.quantize_float)):
         noise = _measure("program in float64", _interpret(program, torch.float64), reference)
         noise = replace(noise, run_by="interpreter")
     rows = []

@@ -35,8 +35,8 @@ from qcompile.kernels.lookup_vectors.reference import lookup_vectors as _lookup_
 from qcompile.kernels.quantize.groups import group_count
 from qcompile.kernels.quantize.reference import dynamic_scale as _dynamic_scale
 from qcompile.kernels.quantize.reference import quantize as _quantize
-from qcompile.kernels.quantize_float8.reference import float8_scale as _float8_scale
-from qcompile.kernels.quantize_float8.reference import quantize_float8 as _quantize_float8
+from qcompile.kernels.quantize_float.reference import float_scale as _float_scale
+from qcompile.kernels.quantize_float.reference import quantize_float as _quantize_float
 from qcompile.kernels.rms_norm.reference import rms_norm as _rms_norm
 from qcompile.kernels.rope.reference import rope as _rope
 from qcompile.kernels.transform.reference import transform as _transform
@@ -180,7 +180,7 @@ def _codes_shape(
     return torch.empty_like(x, dtype=torch.int8 if zero_point is None else torch.uint8)
 
 
-def _float8_shape(x: Tensor, scale: Tensor, levels: str, group_size: int) -> Tensor:
+def _float_codes_shape(x: Tensor, scale: Tensor, levels: str, group_size: int) -> Tensor:
     del scale, levels, group_size
     return torch.empty_like(x, dtype=torch.uint8)
 
@@ -220,8 +220,8 @@ kv_decode = define(_kv_decode, shape=_row_values_shape)
 dynamic_scale = define(_dynamic_scale, shape=_scale_shape)
 quantize = define(_quantize, shape=_codes_shape)
 dequantize = define(_dequantize, shape=_values_shape)
-float8_scale = define(_float8_scale, shape=_scale_shape)
-quantize_float8 = define(_quantize_float8, shape=_float8_shape)
+float_scale = define(_float_scale, shape=_scale_shape)
+quantize_float = define(_quantize_float, shape=_float_codes_shape)
 lookup = define(_lookup, shape=_looked_up_shape)
 lookup_vectors = define(_lookup_vectors, shape=_vectors_shape)
 add_sparse = define(_add_sparse, shape=_like_first)

@@ -126,9 +126,10 @@ class QuantizeActivations(StepOptions):
     """Step ``quantize_activations``: inputs of linears with quantized weights become codes.
 
     Attributes:
-        format: Format of the codes: ``"int2"`` to ``"int8"``, ``"fp8"`` (or ``"e4m3"``) or
-            ``"e5m2"``, all symmetric; ``"int8-asym"`` and the like, which have zero points, need
-            static scales.
+        format: Format of the codes: ``"int2"`` to ``"int8"``, small floats such as ``"fp8"`` (or
+            ``"e4m3"``) and ``"fp4"`` (``"e2m1"``), all symmetric; ``"fp4-searched"`` and the like,
+            whose split into exponent and mantissa calibration data decides for each input;
+            ``"int8-asym"`` and the like, which have zero points and need static scales.
         granularity: One scale per ``"token"``, or per token and ``"group"`` of the weight, computed
             from each input as it comes; or static ones, from calibration data, one per ``"tensor"``
             or per ``"channel"``.

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from qcompile.recipe_schema.values import IntegerActivations, Pattern, StepOptions, WeightFormat
+from qcompile.errors import QCompileError
+from qcompile.recipe_schema.values import (
+    ActivationFormatOrFloat,
+    IntegerActivations,
+    Pattern,
+    StepOptions,
+    WeightFormat,
+    complaint,
+)
 
 
 class Rotate(StepOptions):
@@ -48,10 +56,20 @@ class Smooth(StepOptions):
     method: Literal["smoothquant", "awq", "os+", "preshift"] = "smoothquant"
     strength: float | None = Field(default=None, gt=0, lt=1)
     weights: WeightFormat = "int8"
-    activations: Literal["float", "int2", "int3", "int4", "int5", "int6", "int7", "int8"] = "int8"
+    activations: ActivationFormatOrFloat = "int8"
     granularity: Literal["token", "tensor"] = "token"
     online: tuple[Literal["down_proj", "o_proj"], ...] = ()
     ignore: tuple[Pattern, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_activations(self) -> Smooth:
+        from qcompile.passes.transform import smooth  # pulls in torch
+
+        try:
+            smooth.Smooth(activations=self.activations)
+        except QCompileError as error:
+            raise complaint("format", error.message, error.remedy) from error
+        return self
 
 
 class Duquant(StepOptions):

@@ -62,6 +62,10 @@ def _canonical_activations(name: str) -> str:
         raise complaint("format", error.message, error.remedy) from error
 
 
+def _canonical_activations_or_float(name: str) -> str:
+    return FLOAT if name == FLOAT else _canonical_activations(name)
+
+
 def _non_empty(pattern: str) -> str:
     if not pattern:
         raise complaint("pattern", "an empty pattern matches no name", "leave it out")
@@ -86,6 +90,9 @@ WeightFormatOrFloat = Annotated[str, AfterValidator(_canonical_format_or_float)]
 
 ActivationFormat = Annotated[str, AfterValidator(_canonical_activations)]
 """A format of activations by name, such as ``"int8"`` or ``"fp8"``; kept in its canonical form."""
+
+ActivationFormatOrFloat = Annotated[str, AfterValidator(_canonical_activations_or_float)]
+"""A format of activations by name, or ``"float"`` where they stay as they are."""
 
 WeightMethod = Annotated[str, AfterValidator(_known_method)]
 """A way to choose the codes of weights, by name, such as ``"gptq"``."""

@@ -197,8 +197,8 @@ def test_rounding_costs_what_is_measured_and_divided(llama: Program) -> None:
     program = run_passes(llama, [QuantizeWeights("int8"), QuantizeActivations("fp8")])
     tokens, hidden, intermediate, layers = 7, 32, 48, 2
     inputs = tokens * (layers * (3 * hidden + intermediate) + hidden)
-    assert operations_of(program, dialect.float8_scale, Sizes(1, tokens, 0)) == 2 * inputs
-    assert operations_of(program, dialect.quantize_float8, Sizes(1, tokens, 0)) == 2 * inputs
+    assert operations_of(program, dialect.float_scale, Sizes(1, tokens, 0)) == 2 * inputs
+    assert operations_of(program, dialect.quantize_float, Sizes(1, tokens, 0)) == 2 * inputs
 
 
 @pytest.mark.parametrize("format", ["int8", "nf4-g16", "nvfp4"])

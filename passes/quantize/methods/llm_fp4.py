@@ -36,7 +36,7 @@ class LlmFp4(Method):
     most of these lie outside of this range, where nothing is to be had.)
 
     Activations are not this method's concern: the paper's pre-shifted biases for them are powers of
-    two per channel, a diagonal transform.
+    two per channel, the rule ``preshift`` of `Smooth`, and `QuantizeActivations` searches the rest.
 
     Attributes:
         above: The largest bias tried, in octaves over the covering one.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from qcompile.formats import Format
-from qcompile.kernels.dequantize.reference import dequantize
-from qcompile.kernels.quantize.reference import dynamic_scale, quantize
+from qcompile.passes.quantize.activation_formats import ActivationFormat
 from qcompile.passes.transform.smoothing.scale_sites import Reader, ScaleSite
 from qcompile.passes.transform.values import Transform
 
@@ -21,13 +20,13 @@ class Rounding:
 
     Attributes:
         weights: Format of the weights.
-        activation_bits: Width of the activations' codes; None leaves them as they are.
+        activations: Format of the activations; None leaves them as they are.
         per_tensor: Whether activations share one scale, that of the largest value that calibration
             saw, in place of one per token.
     """
 
     weights: Format
-    activation_bits: int | None = None
+    activations: ActivationFormat | None = None
     per_tensor: bool = False
 
 
@@ -120,12 +119,13 @@ class Objective:
         return Rounded(weight, rounded_weight, rows, self._round(rows, largest))
 
     def _round(self, rows: Tensor, largest: float) -> Tensor:
-        bits = self._rounding.activation_bits
-        if bits is None:
+        format = self._rounding.activations
+        if format is None:
             return rows
-        step = max(largest, _TINY) / (2 ** (bits - 1) - 1)
-        scale = torch.tensor([step]) if self._rounding.per_tensor else dynamic_scale(rows, bits, 0)
-        return dequantize(quantize(rows, scale, None, bits, 0), scale, None, bits, 0)
+        if not self._rounding.per_tensor:
+            return format.round(rows, format.covering(rows, 0))
+        limit = torch.tensor([max(largest, _TINY)])
+        return format.round(rows, format.grid(-limit, limit))
 
 
 def row_energies(output: Tensor) -> Tensor:

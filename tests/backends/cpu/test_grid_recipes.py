@@ -8,11 +8,20 @@ import torch
 from qcompile.compiler import compile
 
 
-@pytest.mark.parametrize("recipe", ["w4-higgs", "w4-llm-fp4", "w3-budget"])
-def test_recipes_end_in_artifacts_that_generate_text(program, tmp_path, recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "target"),
+    [
+        *(("w4-higgs", "cpu"), ("w4-llm-fp4", "cpu"), ("w3-budget", "cpu")),
+        *(("w4a4-llm-fp4", "cpu"), ("w4a4-llm-fp4", "onnx")),
+    ],
+)
+def test_recipes_end_in_artifacts_that_generate_text(
+    program, tmp_path, recipe: str, target: str
+) -> None:
     artifact = compile(
         program("llama"),
         recipe=recipe,
+        target=target,
         output=tmp_path / "a",
         threads=1,
         calibration_samples=4,

@@ -104,9 +104,9 @@ def _dequantize(groups: int, function: Callable[..., Tensor]) -> Callable[..., T
     return checked
 
 
-def _through_float8(x: Tensor, table: str, group_size: int) -> Tensor:
-    scale = qc.float8_scale(x, table, group_size)
-    return qc.lookup(qc.quantize_float8(x, scale, table, group_size), scale, table, group_size)
+def _through_floats(x: Tensor, table: str, group_size: int) -> Tensor:
+    scale = qc.float_scale(x, table, group_size)
+    return qc.lookup(qc.quantize_float(x, scale, table, group_size), scale, table, group_size)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
@@ -176,10 +176,10 @@ CASES: dict[str, tuple[Callable[..., Any], Inputs]] = {
     ),
     **{
         f"{table}_round_trip_{size}": (
-            (lambda t, g: lambda x: _through_float8(x, t, g))(table, size),
+            (lambda t, g: lambda x: _through_floats(x, t, g))(table, size),
             activations,
         )
-        for table in ("e4m3", "e5m2")
+        for table in ("e4m3", "e5m2", "e2m1", "e1m2", "e3m0", "e3m2", "e2m5")
         for size in (0, 16)
     },
     "dequantize": (_dequantize(3, lambda c, s, z: qc.dequantize(c, s, z, 4, 16)), codes),
@@ -222,11 +222,11 @@ def test_linear_over_codes_equals_torch(onnx: Any) -> None:
     onnx.check(QuantizedLinear(), activations, atol=1e-5)
 
 
-def test_codes_of_8_bit_floats_that_leave_the_model_are_refused() -> None:
+def test_codes_of_small_floats_that_leave_the_model_are_refused() -> None:
     class Codes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return qc.quantize_float8(x, qc.float8_scale(x, "e4m3", 0), "e4m3", 0)
+            return qc.quantize_float(x, qc.float_scale(x, "e4m3", 0), "e4m3", 0)
 
     program = capture_module(Codes(), *activations(2))
-    with pytest.raises(TargetError, match="codes of 8-bit floats that are not only decoded"):
+    with pytest.raises(TargetError, match="codes of small floats that are not only decoded"):
         OnnxEmitter().emit(program)

@@ -121,13 +121,43 @@ def test_floats_of_8_bits_have_nodes_of_their_own(linear):
     assert after.text() == textwrap.dedent("""\
         program(%input_1: f32[s0, 32]) {canonical, weights_quantized}
           %0: f32[4, 32] = qc.dequantize(@weight.codes, @weight.scale, None, 4, 16)
-          %1: f32[s0, 2] = qc.float8_scale(%input_1, e4m3, 16)
-          %2: u8[s0, 32] = qc.quantize_float8(%input_1, %1, e4m3, 16)
+          %1: f32[s0, 2] = qc.float_scale(%input_1, e4m3, 16)
+          %2: u8[s0, 32] = qc.quantize_float(%input_1, %1, e4m3, 16)
           %3: f32[s0, 32] = qc.lookup(%2, %1, e4m3, 16)
           %4: f32[s0, 4] = aten.linear(%3, %0, @bias)
           return %4
         """)
     assert result.details[0]["format"] == "e4m3"
+
+
+@pytest.mark.parametrize("format", ["fp4", "e3m0", "e1m2"])
+def test_smaller_floats_have_the_same_nodes(linear, format):
+    after, result = run(linear, "fp4-g16", format=format)
+    table = str(result.details[0]["format"])
+    assert [line.strip() for line in after.text().splitlines()[2:5]] == [
+        f"%1: f32[s0, 1] = qc.float_scale(%input_1, {table}, 0)",
+        f"%2: u8[s0, 32] = qc.quantize_float(%input_1, %1, {table}, 0)",
+        f"%3: f32[s0, 32] = qc.lookup(%2, %1, {table}, 0)",
+    ]
+
+
+# The largest of all values is further beyond the others than the largest of each token.
+@pytest.mark.parametrize(
+    ("granularity", "spread", "table"),
+    [
+        *(("token", 0, "e1m2"), ("token", 5, "e2m1"), ("group", 0, "e1m2"), ("group", 5, "e2m1")),
+        *(("tensor", 0, "e1m2"), ("tensor", 1, "e2m1"), ("tensor", 5, "e3m0")),
+    ],
+)
+def test_searched_floats_follow_the_distribution(linear, granularity, spread, table):
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    x = x**spread if spread else torch.sin(x * 9)
+    context = Context(calibration=Calibration(DataSource(examples=x)))
+    rounding = QuantizeActivations("fp4-searched", granularity=granularity)
+    passes = [QuantizeWeights("int4-g16"), rounding]
+    _, records = PassManager(passes).run(linear, context)
+    (detail,) = records[1].result.details
+    assert (detail["format"], detail["choice"]) == (table, "fp4-searched")
 
 
 def test_floats_of_8_bits_round_to_three_bits_of_mantissa(linear):
@@ -147,8 +177,11 @@ STATIC_TEXT = {
           %1: u8[s0, 32] = qc.quantize(%input_1, @input_scale, @input_zero_point, 8, 0)
           %2: f32[s0, 32] = qc.dequantize(%1, @input_scale, @input_zero_point, 8, 0)""",
     "fp8": """
-          %1: u8[s0, 32] = qc.quantize_float8(%input_1, @input_scale, e4m3, 0)
+          %1: u8[s0, 32] = qc.quantize_float(%input_1, @input_scale, e4m3, 0)
           %2: f32[s0, 32] = qc.lookup(%1, @input_scale, e4m3, 0)""",
+    "fp4": """
+          %1: u8[s0, 32] = qc.quantize_float(%input_1, @input_scale, e2m1, 0)
+          %2: f32[s0, 32] = qc.lookup(%1, @input_scale, e2m1, 0)""",
 }
 
 
@@ -161,7 +194,7 @@ def test_static_scales_are_weights(linear, format):
         line.strip().replace("@", "@weight.") for line in STATIC_TEXT[format].split("\n")[1:]
     ]
     scale = after.weights.materialize("weight.input_scale")
-    largest = {"int8": 127, "fp8": 448}.get(format)
+    largest = {"int8": 127, "fp8": 448, "fp4": 6}.get(format)
     if largest is None:
         torch.testing.assert_close(scale, (x.max() - x.min()).reshape(1) / 255)
         zero = after.weights.materialize("weight.input_zero_point")
@@ -185,7 +218,7 @@ def test_zero_points_halve_the_steps_of_one_sided_inputs(linear, granularity):
     assert 0.35 < errors["int4-asym"] / errors["int4"] < 0.6
 
 
-@pytest.mark.parametrize("format", ["int4", "int4-asym"])
+@pytest.mark.parametrize("format", ["int4", "int4-asym", "fp4", "e1m2"])
 def test_clipping_by_least_error_loses_least(linear, format):
     # Heavy tails: the largest of 12,800 values is far beyond nearly all of them.
     x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) ** 3
@@ -213,5 +246,7 @@ def test_unknown_options_are_refused():
         QuantizeActivations("int8-asym")
     with pytest.raises(RecipeError, match="measured at run time and have no zero points"):
         QuantizeActivations(overrides=[{"match": "up", "format": "int4-asym"}])
+    with pytest.raises(RecipeError, match="no format is searched where scales are per channel"):
+        QuantizeActivations("fp4-searched", granularity="channel")
     with pytest.raises(RecipeError, match="per channel span 'absmax'"):
         QuantizeActivations(granularity="channel", ranges="mse")

@@ -106,7 +106,12 @@ def test_missing_calibration_data_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"method": "os"}, "unknown method 'os'"), ({"activations": "fp3"}, "activations to 'fp3'")],
+    [
+        ({"method": "os"}, "unknown method 'os'"),
+        ({"activations": "fp3"}, "activations cannot be 'fp3'"),
+        ({"activations": "fp4-searched"}, "cannot round activations to 'fp4-searched'"),
+        ({"activations": "int8-asym"}, "cannot round activations to 'int8-asym'"),
+    ],
 )
 def test_unknown_options_are_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):

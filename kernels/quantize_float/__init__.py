@@ -1,0 +1,1 @@
+"""Values to small floats: `float_scale` and `quantize_float`."""

@@ -1,1 +1,0 @@
-"""Values to 8-bit floats: `float8_scale` and `quantize_float8`."""
