@@ -110,7 +110,7 @@ class GrowingDecoder(Decoder, Generic[Value]):
         self._mask = np.empty((batch, 0), np.int64)
         self._successors = {past.name: present.name for past, present in signature.cache_pairs()}
         self._cache = {
-            past.name: engine.put(_empty_cache(past, batch)) for past, _ in signature.cache_pairs()
+            past.name: engine.put(empty_cache(past, batch)) for past, _ in signature.cache_pairs()
         }
 
     @property
@@ -192,7 +192,7 @@ def logits_of(signature: Signature) -> ValueInfo:
     return next(value for value in signature.outputs if value.role == "logits")
 
 
-def _empty_cache(value: ValueInfo, batch: int) -> npt.NDArray[Any]:
-    """A cache that holds no token: its one symbolic axis but the batch is empty."""
+def empty_cache(value: ValueInfo, batch: int) -> npt.NDArray[Any]:
+    """A cache that holds no token: a state of zeros, or one whose symbolic axis is empty."""
     sizes = [size if isinstance(size, int) else 0 for size in value.shape[1:]]
-    return np.empty((batch, *sizes), value.dtype)
+    return np.zeros((batch, *sizes), value.dtype)

@@ -38,9 +38,11 @@ Role = Literal[
     "logit_positions",
     "past_key",
     "past_value",
+    "past_state",
     "logits",
     "present_key",
     "present_value",
+    "present_state",
     "tensor",
 ]
 Task = Literal["causal_lm", "module"]
@@ -74,6 +76,11 @@ class ValueInfo(_Frozen):
     role: Role = "tensor"
     layer: Annotated[int, Field(ge=0, le=_MAX_DIMENSION)] | None = None
 
+    @property
+    def is_state(self) -> bool:
+        """Whether it is a part of a cache that does not grow with the text."""
+        return self.role in ("past_state", "present_state")
+
 
 class Signature(_Frozen):
     """The inputs and outputs of the compiled model, in the order of the model file."""
@@ -95,15 +102,9 @@ class Signature(_Frozen):
         Raises:
             ArtifactError: If inputs and outputs do not pair up one to one.
         """
-        past = {
-            (value.layer, value.role.removeprefix("past_")): value
-            for value in self.inputs
-            if value.role in ("past_key", "past_value")
-        }
+        past = {_place(value): value for value in self.inputs if value.role.startswith("past_")}
         present = {
-            (value.layer, value.role.removeprefix("present_")): value
-            for value in self.outputs
-            if value.role in ("present_key", "present_value")
+            _place(value): value for value in self.outputs if value.role.startswith("present_")
         }
         if past.keys() != present.keys():
             layer, kind = sorted(past.keys() ^ present.keys(), key=str)[0]
@@ -328,6 +329,12 @@ def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = not path.is_absolute() and str(path) == name and name not in ("", ".")
     return plain and ".." not in path.parts and not set(name) & {"\\", "\0", ":"}
+
+
+def _place(value: ValueInfo) -> tuple[int | None, str]:
+    """The layer that a cache value belongs to, and what it is of that layer."""
+    kind = value.role.partition("_")[2]
+    return value.layer, value.name.partition(".")[2] if kind == "state" else kind
 
 
 def _first(values: Iterable[ValueInfo], role: Role) -> ValueInfo | None:

@@ -1,8 +1,9 @@
 """The decoder of the CPU target: a batch of texts that grows inside a model, in place.
 
-`CachedDecoder` owns the buffers of the key/value cache and binds each of them as an input *and*
-as the matching output of the model, so that attention appends to it in place. Per token, only
-the few small inputs are written; caches are bound again when they grow, which is rare.
+`CachedDecoder` owns the buffers of the cache. Those of keys and values are an input *and* the
+matching output of the model, so that attention appends to them in place; they are bound again when
+they grow, which is rare. A state of fixed size has two buffers that change places with every call,
+since the model may write the new one before it has read all of the old one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from qcompile.backends.decoding import Decoder, FloatArray, TokenBatch, logits_of
+from qcompile.backends.decoding import (
+    Decoder,
+    FloatArray,
+    TokenBatch,
+    empty_cache,
+    logits_of,
+)
 from qcompile.backends.onnx.run_errors import naming_failures
 from qcompile.manifest import Role, Signature, ValueInfo
 
@@ -40,7 +47,12 @@ class CachedDecoder(Decoder):
         self._runtime = runtime
         self._binding = runtime.io_binding()
         self._inputs = {value.role: value for value in signature.inputs}
-        self._pairs = signature.cache_pairs()
+        self._pairs = [pair for pair in signature.cache_pairs() if not pair[0].is_state]
+        self._states = [
+            _State(past.name, present.name, empty_cache(past, batch))
+            for past, present in signature.cache_pairs()
+            if past.is_state
+        ]
         self._logits = logits_of(signature)
         self._buffers: dict[str, npt.NDArray[Any]] = {}
         self._batch = batch
@@ -78,8 +90,13 @@ class CachedDecoder(Decoder):
             self._feed("token_type_ids", np.zeros_like(tokens.ids) if types is None else types)
         self._feed("logit_positions", np.arange(query - count, query))
         logits = self._logits_buffer(count if "logit_positions" in self._inputs else query)
+        for state in self._states:
+            self._bind_input(state.past, state.held)
+            self._bind_output(state.present, state.next)
         with naming_failures():
             self._runtime.run_with_iobinding(self._binding)
+        for state in self._states:
+            state.turn()
         self._length = total
         return logits
 
@@ -131,6 +148,26 @@ class CachedDecoder(Decoder):
 
     def _bind_output(self, name: str, array: npt.NDArray[Any]) -> None:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+class _State:
+    """A cache of fixed size: what the last call left, and where the next one writes.
+
+    Args:
+        past: The name of the input.
+        present: The name of the output.
+        empty: What it holds before the first token.
+    """
+
+    def __init__(self, past: str, present: str, empty: npt.NDArray[Any]) -> None:
+        self.past = past
+        self.present = present
+        self.held = empty
+        self.next = np.empty_like(empty)
+
+    def turn(self) -> None:
+        """What was written becomes what is read."""
+        self.held, self.next = self.next, self.held
 
 
 def grows_in_place(signature: Signature) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -24,7 +25,8 @@ class FixedDecoder(Decoder, Generic[Value]):
     """Texts in a model that takes just so many rows, new tokens and tokens of the past.
 
     The cache is filled from its end; what is not filled is masked. New tokens fewer than the model
-    takes come after masked ones, which are taken out of the cache again.
+    takes come after masked ones, which are taken out of the cache again. From a state nothing can
+    be taken out, so that a model with states takes one token.
 
     Args:
         engine: Runs the model.
@@ -38,7 +40,7 @@ class FixedDecoder(Decoder, Generic[Value]):
         self._engine = engine
         self._signature = signature
         self._pairs = signature.cache_pairs()
-        self._axis, self._past = _cache_axis(self._pairs[0])
+        self._axis, self._past = _cache_axis(self._pairs)
         self._mask = np.zeros((batch, self._past), np.int64)
         self._cache: dict[str, npt.NDArray[Any]] = {
             past.name: np.zeros([int(size) for size in past.shape], past.dtype)
@@ -97,7 +99,8 @@ class FixedDecoder(Decoder, Generic[Value]):
         kept = np.r_[columns[: self._past], columns[len(columns) - new :]][-self._past :]
         self._mask = mask[:, kept]
         for past, present in self._pairs:
-            taken = np.take(outputs[present.name], kept, axis=self._axis)
+            made = outputs[present.name]
+            taken = made if past.is_state else np.take(made, kept, axis=self._axis)
             self._cache[past.name] = np.ascontiguousarray(taken)
         self._length += new
 
@@ -107,9 +110,9 @@ def is_fixed(signature: Signature) -> bool:
     return all(isinstance(size, int) for value in signature.inputs for size in value.shape)
 
 
-def _cache_axis(pair: tuple[ValueInfo, ValueInfo]) -> tuple[int, int]:
-    """The axis along which a cache grows, and its size before."""
-    past, present = pair
+def _cache_axis(pairs: Sequence[tuple[ValueInfo, ValueInfo]]) -> tuple[int, int]:
+    """The axis along which keys and values grow, and its size before."""
+    past, present = next(pair for pair in pairs if not pair[0].is_state)
     axis = next(i for i, size in enumerate(past.shape) if size != present.shape[i])
     return axis, int(past.shape[axis])
 

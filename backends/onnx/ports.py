@@ -16,6 +16,7 @@ _AXES: dict[Role, tuple[str | None, ...]] = {
     Role.POSITION_IDS: ("batch", "query"),
     Role.PAST_KEY: ("batch", None, "past", None),
     Role.PAST_VALUE: ("batch", None, "past", None),
+    Role.PAST_STATE: ("batch",),
     Role.ATTENTION_MASK: ("batch", "total"),
 }
 """What the axes of an input mean, by its role; the order decides who names a size first."""

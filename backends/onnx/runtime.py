@@ -121,8 +121,17 @@ def _check_language_model(path: Path, manifest: Manifest) -> None:
     if pairs and "attention_mask" not in inputs:
         raise _unfit(path, "with a cache, attention_mask must tell the number of tokens so far")
     for past, present in pairs:
-        if not _grows_along_one_axis(past, present):
+        if past.is_state:
+            if past.dtype != present.dtype or not _keeps_its_size(past, present):
+                raise _unfit(path, f"the state {past.name} is not of one fixed size per row")
+        elif not _grows_along_one_axis(past, present):
             raise _unfit(path, f"the cache {past.name} is not [batch, ..., capacity, ...]")
+
+
+def _keeps_its_size(past: ValueInfo, present: ValueInfo) -> bool:
+    """Every axis but the batch is a number, before and afterwards the same."""
+    sizes = past.shape[1:]
+    return sizes == present.shape[1:] and all(isinstance(size, int) for size in sizes)
 
 
 def _grows_along_one_axis(past: ValueInfo, present: ValueInfo) -> bool:

@@ -18,6 +18,7 @@ from qcompile.formats.integer_scale import IntegerScaleFormat
 from qcompile.formats.lookup import LookupFormat
 from qcompile.formats.vector import VectorFormat
 from qcompile.ir.program import Program
+from qcompile.ir.types import Role
 from qcompile.passes.infra import Context, PassManager, Phase
 from qcompile.passes.lower.fix_sizes import FixSizes
 from qcompile.passes.lower.split_linears import SplitLinears
@@ -55,6 +56,7 @@ class OnnxTarget(Target):
         past: int | None = None,
     ) -> None:
         self.opset = opset
+        self._query = query
         newer = fused.TRANSLATIONS if opset >= fused.FIRST_OPSET else {}
         self._emitter = OnnxEmitter({**newer, **quantized.TRANSLATIONS}, opset=opset)
         rows = 1 if batch is None and query is not None else batch
@@ -94,6 +96,12 @@ class OnnxTarget(Target):
             raise TargetError(
                 f"a cache of fixed shape needs query and past: {other} is missing",
                 remedy=f"add {other}=...",
+            )
+        if "query" in self._fixed and program.signature.has(Role.PAST_STATE) and self._query != 1:
+            raise TargetError(
+                "the model keeps states, which padding would change: it can only be compiled for "
+                f"query=1, not {self._query}",
+                remedy="use query=1",
             )
         phases = [self._phase, Phase("store caches", (StoreCaches(),))]
         return PassManager(phases).run(program, context)[0]

@@ -116,7 +116,7 @@ def cases(program: Program, seed: int, *, traced_sizes: bool = False) -> tuple[C
         traced_sizes: Whether symbolic sizes without a meaning take the values that the program
             was traced with, for programs that do not run with small ones.
     """
-    if program.signature.has(Role.PAST_KEY):
+    if program.signature.is_causal_lm:
         return language_cases(program, seed)
     if program.signature.has(Role.INPUT_IDS):
         return (_case(program, seed, "with padding", past=0, query=6, padding=2),)
@@ -132,6 +132,7 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
         Role.ATTENTION_MASK: (_BATCH, past + query),
         Role.PAST_KEY: (_BATCH, None, past, None),
         Role.PAST_VALUE: (_BATCH, None, past, None),
+        Role.PAST_STATE: (_BATCH,),
     }
     symbols: dict[sympy.Symbol, int] = {}
     for node, port in ports:

@@ -138,6 +138,8 @@ def _case(program: Program, mask: fx.Node, seed: int, past: int, query: int) -> 
             case Role.PAST_KEY | Role.PAST_VALUE:
                 _, heads, _, width = node.meta["val"].shape
                 given[node] = torch.zeros(1, 1, 1, 1).expand(batch, int(heads), past, int(width))
+            case Role.PAST_STATE:
+                pass  # no mask follows from a state: the probe would say so
             case Role.POSITION_IDS:
                 positions = torch.arange(past, past + query).expand(batch, query)
                 if padding is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from qcompile.ir import dialect
 from qcompile.ir.caches import cache_format
 from qcompile.ir.program import Program
-from qcompile.ir.types import Role
+from qcompile.ir.types import PAST_ROLES, Role
 from qcompile.kernels.transform.flops import transform_flops
 
 aten = torch.ops.aten
@@ -175,6 +175,7 @@ _AXES: Mapping[Role, tuple[str, ...]] = MappingProxyType(
     {
         Role.PAST_KEY: _CACHE_AXES,
         Role.PAST_VALUE: _CACHE_AXES,
+        Role.PAST_STATE: ("batch",),
         Role.ATTENTION_MASK: ("batch", "total"),
         Role.TENSOR: ("batch",),
     }
@@ -198,7 +199,7 @@ def _kept_elsewhere(program: Program) -> set[fx.Node]:
     kept = {
         node
         for node, port in zip(program.inputs, program.signature.inputs, strict=True)
-        if port.role in (Role.PAST_KEY, Role.PAST_VALUE)
+        if port.role in PAST_ROLES
     }
     stored: set[fx.Node] = set()  # and what follows from nothing else, such as decoded codes
     for node in program.graph.nodes:

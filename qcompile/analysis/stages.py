@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.program import Program
-from qcompile.ir.types import Role
+from qcompile.ir.types import PAST_ROLES, PRESENT_ROLES, Role
 
 aten = torch.ops.aten
 
@@ -27,9 +27,8 @@ _CONTEXT_ROLES = frozenset(
     {
         Role.ATTENTION_MASK,
         Role.POSITION_IDS,
-        Role.PAST_KEY,
-        Role.PAST_VALUE,
         Role.LOGIT_POSITIONS,
+        *PAST_ROLES,
     }
 )
 """Inputs that say where the content stands and what came before; every block may read them."""
@@ -150,7 +149,7 @@ class Flow:
         found = [
             node
             for node, port in zip(self.program.results, self.program.signature.outputs, strict=True)
-            if node in self.content and port.role not in (Role.PRESENT_KEY, Role.PRESENT_VALUE)
+            if node in self.content and port.role not in PRESENT_ROLES
         ]
         return max(found) if found else None
 

@@ -31,11 +31,18 @@ from qcompile.frontends.config import (
 from qcompile.frontends.quantized import dequantized_source
 from qcompile.frontends.symbolic_trace import SymbolicTracer, Trace
 from qcompile.frontends.torch_export import QUIETABLE, evaluation_mode
+from qcompile.frontends.traced_cache import (
+    CachePlan,
+    Slot,
+    TracedCache,
+    cache_argument,
+    growing_cache,
+    plan_cache,
+)
 from qcompile.frontends.transformers_registries import (
     asks_for_attention,
     functional_rotary_scaling,
     own_attention,
-    traced_cache,
     whole_operators,
 )
 from qcompile.ir.program import Program
@@ -188,54 +195,66 @@ def capture_shell(
 def _trace_model(
     model: PreTrainedModel, store: WeightStore, canonical: Mapping[str, str]
 ) -> Program:
-    """Traces with a growing cache if the model keeps one that can be followed, else without."""
+    """Traces with its cache if the model keeps one that can be followed, else without."""
     reason = None
     if _may_keep_cache(model):
         try:
             return _trace_with_cache(model, store.copy(), canonical)
+        except UNTRACEABLE:
+            pass  # then it keeps more than keys and values
+        try:
+            return _trace_with_cache(model, store.copy(), canonical, _plan_cache(model))
         except UNTRACEABLE as error:
             reason = _first_line(error)
     program = _trace_plain(model, store, canonical)
     if reason is not None:
-        note = f"captured without a key/value cache: {reason}"
+        note = f"captured without its cache, so that it cannot generate: {reason}"
         program = replace(program, notes=(*program.notes, note))
     return program
 
 
+def _plan_cache(model: PreTrainedModel) -> CachePlan:
+    with evaluation_mode(model), own_attention(model):
+        return plan_cache(model)
+
+
 def _trace_with_cache(
-    model: PreTrainedModel, store: WeightStore, canonical: Mapping[str, str]
+    model: PreTrainedModel,
+    store: WeightStore,
+    canonical: Mapping[str, str],
+    plan: CachePlan | None = None,
 ) -> Program:
+    """Traces over a past of what the plan says, or else of keys and values, as most models keep."""
     tracer = SymbolicTracer("batch", "query", "past")
     arguments = _arguments(model)
     if Role.ATTENTION_MASK.value not in arguments:
         raise ModelError("its forward takes no attention_mask")
     inputs = dict.fromkeys(arguments, ("batch", "query"))
     inputs[Role.ATTENTION_MASK.value] = ("batch", "past + query")
-    layers: list[int] = []
+    argument = cache_argument(model)
+    if argument is None:
+        raise ModelError("its forward takes no cache")
+    slots: list[Slot] = []
 
     def call(**tensors: Tensor) -> list[Tensor]:
         ids, mask = tensors[Role.INPUT_IDS.value], tensors[Role.ATTENTION_MASK.value]
-        cache = traced_cache(mask.shape[1] - ids.shape[1])
-        output = model(**tensors, past_key_values=cache, use_cache=True)
-        layers[:] = sorted(cache.given)
-        grown = [t for i in layers for t in (cache.layers[i].keys, cache.layers[i].values)]
-        given = [tensor for i in layers for tensor in cache.given[i]]
-        return [output.logits, *grown, *given]
+        traced = _cache(plan, ids, mask.shape[1] - ids.shape[1])
+        output = model(**tensors, **{argument: traced.cache}, use_cache=True)
+        slots[:] = traced.slots
+        given = [traced.given[slot] for slot in slots]
+        return [output.logits, *map(traced.grown, slots), *given]
 
     trace = _trace(tracer, model, inputs, call, store, canonical)
-    if not layers:
+    if not slots:
         raise ModelError("it keeps no growing keys and values")
-    _results_to_inputs(trace.graph, 2 * len(layers))
+    _results_to_inputs(trace.graph, len(slots))
     ports = tuple(Port(argument, Role(argument)) for argument in arguments)
     return Program(
         trace.graph,
         store,
         Signature(
-            ports + _cache_ports(layers, Role.PAST_KEY, Role.PAST_VALUE, "past_key_values"),
-            (
-                Port("logits", Role.LOGITS),
-                *_cache_ports(layers, Role.PRESENT_KEY, Role.PRESENT_VALUE, "present"),
-            ),
+            ports + _cache_ports(slots, "past_key_values", "past"),
+            (Port("logits", Role.LOGITS), *_cache_ports(slots, "present", "present")),
         ),
         notes=_notes(trace),
     )
@@ -336,11 +355,18 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-def _cache_ports(layers: list[int], key: Role, value: Role, prefix: str) -> tuple[Port, ...]:
+def _cache(plan: CachePlan | None, ids: Tensor, past: Any) -> TracedCache:
+    return growing_cache(past) if plan is None else plan.start(ids, past)
+
+
+def _cache_ports(slots: list[Slot], prefix: str, when: str) -> tuple[Port, ...]:
     return tuple(
-        Port(f"{prefix}.{layer}.{kind}", role, layer)
-        for layer in layers
-        for kind, role in (("key", key), ("value", value))
+        Port(
+            f"{prefix}.{slot.layer}.{slot.kind}",
+            Role(f"{when}_{slot.kind if slot.grows else 'state'}"),
+            slot.layer,
+        )
+        for slot in slots
     )
 
 
@@ -383,7 +409,7 @@ def _generates(model: PreTrainedModel) -> bool:
 
 def _may_keep_cache(model: PreTrainedModel) -> bool:
     is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
-    return _generates(model) and _accepts(model, "past_key_values") and not is_encoder_decoder
+    return _generates(model) and cache_argument(model) is not None and not is_encoder_decoder
 
 
 def _tensors_of(output: Any) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qcompile.errors import ModelError
-from qcompile.ir.types import Fact, ProgramOutput, Provenance, Role, Signature
+from qcompile.ir.types import PAST_ROLES, Fact, ProgramOutput, Provenance, Role, Signature
 from qcompile.ir.weights import WeightStore
 
 
@@ -173,7 +173,7 @@ def _bind_language_model(
     token_type_ids: Tensor | None = None,
 ) -> list[Tensor]:
     batch, query = input_ids.shape
-    past = past_key_values[0].shape[2] if past_key_values else 0
+    past = _past_length(program, query, attention_mask, past_key_values)
     if attention_mask is None:
         attention_mask = torch.ones(batch, past + query, dtype=torch.int64)
     if attention_mask.shape != (batch, past + query):
@@ -198,11 +198,37 @@ def _bind_language_model(
                 bound.append(
                     torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
                 )
-            case Role.PAST_KEY | Role.PAST_VALUE:
-                held = node.meta["val"]
-                sizes = (batch, int(held.shape[1]), 0, int(held.shape[3]))
-                empty = torch.empty(sizes, dtype=held.dtype)
+            case role if role in PAST_ROLES:
+                empty = _empty_cache(node.meta["val"], role, batch)
                 bound.append(empty if past_key_values is None else next(cache))
             case role:
                 raise ModelError(f"input '{port.name}' with role '{role.value}' has no value")
     return bound
+
+
+def _past_length(
+    program: Program,
+    query: int,
+    attention_mask: Tensor | None,
+    past_key_values: tuple[Tensor, ...] | None,
+) -> int:
+    """Tokens per row before the new ones: keys are as long, states do not tell."""
+    if not past_key_values:
+        return 0
+    pasts = [port for port in program.signature.inputs if port.role in PAST_ROLES]
+    for port, value in zip(pasts, past_key_values, strict=False):
+        if port.role is Role.PAST_KEY:
+            return int(value.shape[2])
+    if attention_mask is None:
+        raise ModelError(
+            "the cache holds states only, which do not tell how many tokens came before",
+            remedy="pass attention_mask [batch, past + query]",
+        )
+    return int(attention_mask.shape[1]) - query
+
+
+def _empty_cache(held: Tensor, role: Role, batch: int) -> Tensor:
+    """What a layer keeps before the first token: no keys and values, or a state of zeros."""
+    if role is Role.PAST_STATE:
+        return torch.zeros((batch, *map(int, held.shape[1:])), dtype=held.dtype)
+    return torch.empty((batch, int(held.shape[1]), 0, int(held.shape[3])), dtype=held.dtype)

@@ -37,11 +37,20 @@ class Role(str, Enum):
     TOKEN_TYPE_IDS = "token_type_ids"
     PAST_KEY = "past_key"
     PAST_VALUE = "past_value"
+    PAST_STATE = "past_state"
     LOGITS = "logits"
     PRESENT_KEY = "present_key"
     PRESENT_VALUE = "present_value"
+    PRESENT_STATE = "present_state"
     LOGIT_POSITIONS = "logit_positions"
     TENSOR = "tensor"
+
+
+PAST_ROLES = frozenset({Role.PAST_KEY, Role.PAST_VALUE, Role.PAST_STATE})
+"""Inputs that hold what earlier tokens left: what grows with them, and states of fixed size."""
+
+PRESENT_ROLES = frozenset({Role.PRESENT_KEY, Role.PRESENT_VALUE, Role.PRESENT_STATE})
+"""Outputs that take the place of those inputs in the next call."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,14 @@ class Signature:
 
     @property
     def is_causal_lm(self) -> bool:
-        """Whether tokens go in and next-token logits with a growing cache come out."""
-        return self.has(Role.INPUT_IDS) and self.has(Role.LOGITS) and self.has(Role.PAST_KEY)
+        """Whether tokens go in, and next-token logits come out with what later tokens need."""
+        keeps_past = any(port.role in PAST_ROLES for port in self.inputs)
+        return self.has(Role.INPUT_IDS) and self.has(Role.LOGITS) and keeps_past
 
     @property
     def layers(self) -> int:
         """Number of layers that keep a cache."""
-        return sum(port.role is Role.PAST_KEY for port in self.inputs)
+        return len({port.layer for port in self.inputs if port.role in PAST_ROLES})
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class Provenance:
 
 
 class ProgramOutput(tuple[torch.Tensor, ...]):
-    """What a language model program returns: the logits, then the key/value tensors in order."""
+    """What a language model program returns: the logits, then the cache's tensors in order."""
 
     @property
     def logits(self) -> torch.Tensor:
@@ -124,5 +134,5 @@ class ProgramOutput(tuple[torch.Tensor, ...]):
 
     @property
     def past_key_values(self) -> tuple[torch.Tensor, ...]:
-        """Key and value of each layer, flat: ``[B, H, T, D]`` each."""
+        """What each layer keeps, flat: keys and values ``[B, H, T, D]``, states ``[B, ...]``."""
         return tuple(self[1:])

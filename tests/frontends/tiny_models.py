@@ -310,8 +310,22 @@ GROWING_ROPE: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Rotary frequencies that change once a sequence is longer than 8 positions."""
 
-WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
+STATES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", _llama_like(layer_types=["conv", "full_attention"])),
+    "lfm2-moe": (
+        "lfm2_moe",
+        _llama_like(
+            layer_types=["conv", "full_attention"],
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            num_dense_layers=1,
+        ),
+    ),
+}
+"""Decoders whose caches hold states of fixed size beside or instead of keys and values."""
+
+WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "minimax",
         _llama_like(**_MIXTRAL, head_dim=8, layer_types=["full_attention"] * 2),
@@ -330,9 +344,9 @@ WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
-"""Decoders that keep something else than growing keys and values."""
+"""Decoders that cannot be followed with what they keep."""
 
-ALL = {**CORE, **MORE, **GROWING_ROPE, **WITHOUT_CACHE}
+ALL = {**CORE, **MORE, **GROWING_ROPE, **STATES, **WITHOUT_CACHE}
 
 
 def tiny_model(name: str) -> Any:
