@@ -135,11 +135,6 @@ struct PanelKernels {
   void (*multiply)(const LinearTile& tile);
 };
 
-// Whether panels know a weight: its codes, less their zero points, must fit 8 bits.
-inline bool FitsPanels(const PackedLayout& layout) {
-  return layout.bits < 8 || !layout.has_zero_point;
-}
-
 // One row of float activations times a Hadamard matrix per block: y = scale * x (I kron C kron S).
 struct HadamardRow {
   const float* x;  // [n]
@@ -175,6 +170,9 @@ struct KernelTable {
 extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)
 extern const KernelTable kAvx2Kernels;
+#if defined(QCOMPILE_AVX_VNNI)
+extern const KernelTable kAvxVnniKernels;
+#endif
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAmxKernels;
 #endif

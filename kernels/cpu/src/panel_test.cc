@@ -99,6 +99,7 @@ bool PanelsMultiplyLike(const KernelTable& panels, const KernelTable& rows) {
   const PackedLayout layouts[] = {
       {72, 360, 128, 4, true, kScales, Coding::kInteger},
       {40, 88, 88, 8, false, kScales, Coding::kInteger},
+      {40, 88, 32, 8, true, kScales, Coding::kInteger},
       {40, 88, 32, 3, true, kScales, Coding::kInteger},
       {16, 100, 48, 2, false, kScales, Coding::kTernary},
       {24, 88, 16, 4, false, kScales, Coding::kE2m1},

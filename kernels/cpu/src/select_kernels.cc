@@ -22,9 +22,9 @@ struct CpuidLeaf {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 };
 
-CpuidLeaf Cpuid(uint32_t leaf) {
+CpuidLeaf Cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   CpuidLeaf r;
-  __get_cpuid_count(leaf, 0, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
   return r;
 }
 
@@ -49,6 +49,10 @@ bool HasAvx2() {
       HasBits(extended.ebx, {5 /* avx2 */});
   return instructions && HasBits(SavedState(), {1 /* xmm */, 2 /* ymm */});
 }
+
+#if defined(QCOMPILE_AVX_VNNI)
+bool HasAvxVnni() { return HasAvx2() && HasBits(Cpuid(7, 1).eax, {4 /* avx_vnni */}); }
+#endif
 
 bool HasAvx512() {
   const CpuidLeaf extended = Cpuid(7);
@@ -85,6 +89,9 @@ std::vector<Choice> BestFirst() {
   static const bool has_amx = HasAmx();
   return {{&kAmxKernels, has_amx},
           {&kAvx512Kernels, HasAvx512()},
+#if defined(QCOMPILE_AVX_VNNI)
+          {&kAvxVnniKernels, HasAvxVnni()},
+#endif
           {&kAvx2Kernels, HasAvx2()},
           {&kScalarKernels, true}};
 #else

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ from onnx import helper
 from qcompile.errors import TargetError
 from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
 
-ISAS = ("scalar", "avx2", "avx512", "amx")
+ISAS = ("scalar", "avx2", "avxvnni", "avx512", "amx")
+ISA_VARIABLE = "QCOMPILE_CPU_ISA"
 OTHER_LIBRARY = "QCOMPILE_TEST_CPU_LIBRARY"
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -77,17 +79,45 @@ def make_model(
     return model.SerializeToString()
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, library: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def runnable_isas(library: Path) -> tuple[str, ...]:
+    """The instruction sets that a library can run with here, which it lists when asked for none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ISA_VARIABLE, "none")
+        try:
+            ort.SessionOptions().register_custom_ops_library(str(library))
+        except Exception as error:  # onnxruntime's pybind exceptions have no common base
+            listed = re.search(r"this machine runs only: ([\w, ]+)", str(error))
+            if listed is None:
+                raise
+            return tuple(name for name in ISAS if name in listed[1].split(", "))
+    raise AssertionError("the library takes any name of an instruction set")
+
+
+@pytest.fixture(scope="session")
+def isas(library: Path) -> tuple[str, ...]:
+    return runnable_isas(library)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per instruction set of this machine; of all where there is no library to ask yet."""
+    if "isa" not in metafunc.fixturenames:
+        return
+    try:
+        names = runnable_isas(Path(os.environ.get(OTHER_LIBRARY) or library_path()))
+    except TargetError:
+        names = ISAS
+    metafunc.parametrize("isa", names, indirect=True)
+
+
+@pytest.fixture
+def isa(
+    request: pytest.FixtureRequest, isas: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Forces an instruction set for the sessions that the test makes."""
     name: str = request.param
-    monkeypatch.setenv("QCOMPILE_CPU_ISA", name)
-    try:
-        ort.SessionOptions().register_custom_ops_library(str(library))
-    except Exception as error:  # onnxruntime's pybind exceptions have no common base
-        if "this machine runs only" not in str(error):
-            raise
+    if name not in isas:
         pytest.skip(f"no {name} on this machine")
+    monkeypatch.setenv(ISA_VARIABLE, name)
     return name
 
 

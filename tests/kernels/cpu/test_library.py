@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from tests.kernels.cpu.conftest import ISA_VARIABLE, ISAS
 
 import qcompile.kernels.cpu as cpu_kernels
 from qcompile.errors import TargetError
@@ -52,9 +53,19 @@ def test_only_the_entry_point_is_exported(library: Path) -> None:
 
 
 def test_unknown_instruction_set_is_refused(library: Path, monkeypatch) -> None:
-    monkeypatch.setenv("QCOMPILE_CPU_ISA", "mmx")
+    monkeypatch.setenv(ISA_VARIABLE, "mmx")
     with pytest.raises(Exception, match=r"QCOMPILE_CPU_ISA is 'mmx'.*runs only: .*scalar"):
         ort.SessionOptions().register_custom_ops_library(str(library))
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_instruction_set_can_be_forced(
+    library: Path, isas: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    if name not in isas:
+        pytest.skip(f"no {name} on this machine: nothing was tested with it")
+    monkeypatch.setenv(ISA_VARIABLE, name)
+    ort.SessionOptions().register_custom_ops_library(str(library))
 
 
 def test_old_runtime_is_refused_with_its_version(library: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import onnxruntime as ort
 import pytest
 from tests.kernels.cpu.conftest import NodeRunner
 
 from qcompile.kernels.cpu.layout import Coding, pack_linear
 
-LEAST_PANEL_ROWS = 64
-PANEL_ROWS = 12
+# Fewer than the first take no panels anywhere, as many as the second everywhere.
+LEAST_PANEL_ROWS, MOST_LEAST_PANEL_ROWS = 16, 64
 K, N = 88, 40  # groups of 32 leave a short one; 40 columns leave half a block, and one block over
 
 
@@ -43,7 +46,9 @@ def inputs(rows: int) -> np.ndarray:
         (4, 0, False, "integer"),
         (3, 16, False, "integer"),
         (8, 32, False, "integer"),
-        (8, 32, True, "integer"),  # does not fit signed bytes: goes row by row after all
+        (8, 32, True, "integer"),  # does not fit signed bytes
+        (7, 0, True, "integer"),
+        (1, 32, True, "integer"),
         (2, 32, False, "ternary"),
         (4, 16, False, "e2m1"),
     ],
@@ -53,7 +58,7 @@ def test_rows_together_are_what_they_are_apart(
 ) -> None:
     del isa
     packed, attributes = make_weight(bits, group, zeros, coding)
-    x = inputs(LEAST_PANEL_ROWS + 1)
+    x = inputs(MOST_LEAST_PANEL_ROWS + 1)
     (together,) = run_node("QLinear", [x, packed], act=act, **attributes)
     apart = [
         run_node("QLinear", [part, packed], act=act, **attributes)[0] for part in np.split(x, 5)
@@ -61,19 +66,58 @@ def test_rows_together_are_what_they_are_apart(
     np.testing.assert_array_equal(together, np.concatenate(apart))
 
 
-@pytest.mark.parametrize("rows", [LEAST_PANEL_ROWS, *range(6 * PANEL_ROWS, 7 * PANEL_ROWS)])
-def test_every_length_of_the_last_panel(isa: str, run_node: NodeRunner, rows: int) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_length_of_the_last_panel(
+    isa: str, make_session: Callable[..., ort.InferenceSession], bits: int
+) -> None:
     del isa
-    packed, attributes = make_weight(4, 32, True)
-    x = inputs(rows)
-    residual = np.random.default_rng(0).standard_normal((rows, N)).astype(np.float32)
+    packed, attributes = make_weight(bits, 32, True)
+    most = MOST_LEAST_PANEL_ROWS + 24
+    x = inputs(most)
+    residual = np.random.default_rng(0).standard_normal((most, N)).astype(np.float32)
     bias = np.arange(N, dtype=np.float32)
-    options = {"act": "int8_token", **attributes}
-    (together,) = run_node("QLinear", [x, packed, bias, residual], **options)
-    (first,) = run_node("QLinear", [x[:16], packed, bias, residual[:16]], **options)
-    (last,) = run_node("QLinear", [x[-16:], packed, bias, residual[-16:]], **options)
-    np.testing.assert_array_equal(together[:16], first)
-    np.testing.assert_array_equal(together[-16:], last)
+    values = [x, packed, bias, residual]
+    session = make_session("QLinear", values, act="int8_token", **attributes)
+
+    def run(begin: int, end: int) -> np.ndarray:
+        rows = {"x0": x[begin:end], "x1": packed, "x2": bias, "x3": residual[begin:end]}
+        (y,) = session.run(None, rows)
+        return np.asarray(y)
+
+    few = LEAST_PANEL_ROWS // 2
+    alone = np.concatenate([run(at, at + few) for at in range(0, most, few)])
+    for rows in range(LEAST_PANEL_ROWS, most):
+        np.testing.assert_array_equal(run(0, rows), alone[:rows])
+
+
+@pytest.mark.parametrize(("bits", "sign"), [(4, 1), (4, -1), (7, 1), (7, -1), (8, 1), (8, -1)])
+def test_the_largest_codes_do_not_saturate(
+    isa: str, run_node: NodeRunner, bits: int, sign: int
+) -> None:
+    del isa
+    largest = (1 << bits) - 1
+    packed = pack_linear(
+        np.full((16, 256), largest, np.uint8),
+        np.ones((16, 1), np.float32),
+        np.zeros((16, 1), np.uint8),
+        bits=bits,
+        group_size=0,
+        scale_dtype="float32",
+    )
+    grid = np.array([1.0, 128.0], np.float32)  # codes of -128 and 127
+    x = np.full((MOST_LEAST_PANEL_ROWS, 256), sign * 1000.0, np.float32)
+    (y,) = run_node(
+        "QLinear",
+        [x, packed, None, None, grid],
+        act="uint8_static",
+        N=16,
+        K=256,
+        bits=bits,
+        group_size=0,
+        has_zero_point=1,
+        scale_dtype=0,
+    )
+    np.testing.assert_array_equal(y, 256.0 * largest * (127 if sign > 0 else -128))
 
 
 def test_panels_do_not_depend_on_threads(isa: str, run_node: NodeRunner) -> None:

@@ -5,11 +5,14 @@
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
+#include "panel_words.h"
+// What follows uses it.
+#include "linear_panel.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",         QuantizeActivations, LinearInt8, LinearFloat, nullptr,         Attention,
+    "avx2",         QuantizeActivations, LinearInt8, LinearFloat, &kPanelKernels,  Attention,
     EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
 };
 

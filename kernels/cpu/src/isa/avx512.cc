@@ -6,6 +6,8 @@
 #include "elementwise.h"
 #include "hadamard.h"
 #include "linear.h"
+#include "panel_dots.h"
+// What follows uses it.
 #include "linear_panel.h"
 #include "tile_panel.h"
 

@@ -1,4 +1,6 @@
 // Sixteen lanes in two AVX registers. See simd_scalar.h for what each function means.
+//
+// AVX-VNNI, if the file is compiled for it, has the dot product of bytes that AVX2 lacks.
 #ifndef QCOMPILE_CPU_ISA_SIMD_AVX2_H_
 #define QCOMPILE_CPU_ISA_SIMD_AVX2_H_
 
@@ -30,6 +32,10 @@ constexpr int kChainedOutputs = 2;  // most outputs that have two sums each
 constexpr int kGemmRows = 4;
 constexpr int kGemmVectors = 1;
 constexpr int kThinVectors = 1;
+constexpr int64_t kPanelBlocks = 1;
+// Twelve sums, a column block and four activations.
+constexpr int64_t kPanelRows = 6;
+constexpr int64_t kLeastPanelRows = 16;
 
 inline __m256i LaneMask(int64_t n) {
   const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -204,6 +210,9 @@ inline void ReadPlane(const uint8_t* p, Bytes* first, Bytes* second) {
 
 template <int kBits>
 inline __m256i DotFour(__m256i sum, __m256i codes, __m256i signed_bytes) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sum, codes, signed_bytes);
+#else
   if constexpr (kBits < 8) {
     // Two products of at most 127 * 127 fit 16 bits, so maddubs does not saturate.
     const __m256i pairs = _mm256_maddubs_epi16(codes, signed_bytes);
@@ -217,12 +226,85 @@ inline __m256i DotFour(__m256i sum, __m256i codes, __m256i signed_bytes) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes_even, even));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(codes_odd, odd));
   }
+#endif
 }
 
 template <int kBits>
 inline I DotAccumulate(I sum, Bytes codes, int32_t four_signed) {
   const __m256i a = _mm256_set1_epi32(four_signed);
   return {DotFour<kBits>(sum.lo, codes.lo, a), DotFour<kBits>(sum.hi, codes.hi, a)};
+}
+
+// What the kernels of linear_panel.h need besides.
+
+inline I LoadInts(const int32_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline void StoreQuad(uint8_t* p, Bytes quad) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), quad.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), quad.hi);
+}
+inline Bytes Subtract(Bytes quad, I number) {
+  const I four = number * Set1(0x01010101);
+  return {_mm256_sub_epi8(quad.lo, four.lo), _mm256_sub_epi8(quad.hi, four.hi)};
+}
+inline Bytes BroadcastFour(const uint8_t* four) {
+  int32_t bits;
+  memcpy(&bits, four, sizeof(bits));
+  const __m256i bytes = _mm256_set1_epi32(bits);
+  return {bytes, bytes};
+}
+// In assembly for the reason that simd_avx512.h gives.
+inline void DotAccumulate(I* sum, Bytes without_sign, Bytes with_sign) {
+#if defined(__AVXVNNI__)
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum->lo) : "x"(without_sign.lo), "x"(with_sign.lo));
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum->hi) : "x"(without_sign.hi), "x"(with_sign.hi));
+#else
+  sum->lo = DotFour<8>(sum->lo, without_sign.lo, with_sign.lo);
+  sum->hi = DotFour<8>(sum->hi, without_sign.hi, with_sign.hi);
+#endif
+}
+
+// What panel_words.h needs besides. Its products are in assembly, so that the compiler does not
+// work on many at a time, for which there are no registers.
+
+// Two sums of 16 bits to each 32-bit lane.
+struct Words {
+  __m256i lo, hi;
+};
+inline Words ZeroWords() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline void AddBytePairs(__m256i* sum, __m256i without_sign, __m256i with_sign) {
+  __m256i pairs;
+  asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+      : "+x"(*sum), "=&x"(pairs)
+      : "x"(without_sign), "x"(with_sign));
+}
+inline void AddBytePairs(Words* sum, Bytes without_sign, Bytes with_sign) {
+  AddBytePairs(&sum->lo, without_sign.lo, with_sign.lo);
+  AddBytePairs(&sum->hi, without_sign.hi, with_sign.hi);
+}
+inline I Widen(Words sum) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(sum.lo, one), _mm256_madd_epi16(sum.hi, one)};
+}
+// Bytes 0 and 2 of each lane, and 1 and 3, less a number, with 16 bits each.
+inline Bytes EvenWords(Bytes quad, I number) {
+  const __m256i mask = _mm256_set1_epi16(0x00ff);
+  const I both = number * Set1(0x00010001);
+  return {_mm256_sub_epi16(_mm256_and_si256(quad.lo, mask), both.lo),
+          _mm256_sub_epi16(_mm256_and_si256(quad.hi, mask), both.hi)};
+}
+inline Bytes OddWords(Bytes quad, I number) {
+  return EvenWords({_mm256_srli_epi16(quad.lo, 8), _mm256_srli_epi16(quad.hi, 8)}, number);
+}
+inline void AddWordPairs(__m256i* sum, __m256i a, __m256i b) {
+  __m256i pairs;
+  asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(*sum), "=&x"(pairs) : "x"(a), "x"(b));
+}
+inline void AddWordPairs(I* sum, Bytes a, Bytes b) {
+  AddWordPairs(&sum->lo, a.lo, b.lo);
+  AddWordPairs(&sum->hi, a.hi, b.hi);
 }
 
 template <int kByte>

@@ -29,12 +29,13 @@ struct Bytes {
   uint8_t v[64];
 };
 
-constexpr int kLinearRows = 4;      // rows that share a pass over the weights
-constexpr int kRowBlocks = 1;       // column blocks in flight for several rows
-constexpr int kChainedOutputs = 1;  // most outputs that have two sums each
-constexpr int kGemmRows = 4;        // rows of the float micro kernel
-constexpr int kGemmVectors = 1;     // its columns, in vectors
-constexpr int kThinVectors = 1;     // its columns for up to four rows
+constexpr int kLinearRows = 4;       // rows that share a pass over the weights
+constexpr int kRowBlocks = 1;        // column blocks in flight for several rows
+constexpr int kChainedOutputs = 1;   // most outputs that have two sums each
+constexpr int kGemmRows = 4;         // rows of the float micro kernel
+constexpr int kGemmVectors = 1;      // its columns, in vectors
+constexpr int kThinVectors = 1;      // its columns for up to four rows
+constexpr int64_t kPanelBlocks = 2;  // column blocks whose codes are unpacked at a time
 
 template <class Result, class Function>
 inline Result ForLanes(Function function) {

@@ -109,6 +109,7 @@ void MultiplyTiles(Tiles* tiles, const LinearTile& t, const WeightPanel& weights
   const int64_t scale_step = t.scales_per_row == 1 ? 0 : kTilePanelRows;
   const float* weight_scales = weights.scales;
   const uint8_t* bytes = weights.bytes;
+  const bool shifted = CentredBytes::HasShifts(layout);
   alignas(64) int32_t dots[kTilePanelRows * kTileColumns];
   alignas(64) float totals[kTilePanelRows * kTileColumns];
   for (int64_t g = 0; g < layout.groups(); ++g) {
@@ -118,8 +119,13 @@ void MultiplyTiles(Tiles* tiles, const LinearTile& t, const WeightPanel& weights
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t b = 0; b < kPanelBlocks; ++b) {
         const int64_t at = r * kTileColumns + b * kColumns;
+        I dot = LoadInts(dots + at);
+        if (shifted) {
+          const I sum = Set1(t.sums[(row + r) * layout.groups() + g]);
+          dot = dot + LoadInts(weights.shifts + g * kTileColumns + b * kColumns) * sum;
+        }
         const F scale = Load(weight_scales + b * kColumns) * Set1(scales[r]);
-        Store(totals + at, Fma(ToFloat(LoadInts(dots + at)), scale, LoadN(totals + at, lanes)));
+        Store(totals + at, Fma(ToFloat(dot), scale, LoadN(totals + at, lanes)));
       }
     }
     codes += count * kTilePanelRows * kTileBytes;
@@ -142,7 +148,7 @@ struct TilePanelKernel {
     const WeightPanel weights = WeightPanel::In(t);
     for (int64_t block = t.block_begin; block < t.block_end; block += kPanelBlocks) {
       const int64_t blocks = Least(kPanelBlocks, t.block_end - block);
-      UnpackBlocks<Codes>(t, block, blocks, weights);
+      UnpackBlocks<Codes, CentredBytes>(t, block, blocks, weights);
       for (int64_t row = t.row_begin; row < t.row_end; row += kTilePanelRows) {
         const int64_t rows = Least(kTilePanelRows, t.row_end - row);
         MultiplyTiles(&tiles, t, weights, row, rows, block, blocks);
@@ -160,7 +166,7 @@ constexpr PanelKernels kTilePanelKernels = {
     },
     [](const PackedLayout& layout) {
       // The last tile of weights may reach past its group, and past them all.
-      return WeightPanel::Bytes(layout) + kTileQuads * kPanelBlocks * kQuadBytes;
+      return WeightPanel::Bytes(layout, kQuadBytes) + kTileQuads * kPanelBlocks * kQuadBytes;
     },
     PackTiles,
     [](const LinearTile& t) { WithByteCodes<TilePanelKernel<Tiles>>(t); },

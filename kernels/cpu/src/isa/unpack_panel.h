@@ -1,4 +1,15 @@
-// Weights of some columns as signed bytes, for products that use them for many rows.
+// Weights of some columns as bytes, for products that use them for many rows.
+//
+// Whatever the bytes of a quad stand for, the dot product of a group is
+//
+//   sum of (code - zero point) * a = start + shift * sum of a + sum of byte * a'
+//
+// where a' is what the kernel multiplies for an activation a. A class says how bytes are made:
+//
+//   kBytes                       of a quad
+//   HasShifts(layout)            whether a shift can be other than 0
+//   Base(layout, zero)           what is taken from codes with these zero points
+//   Store(to, codes, base, sum)  makes the bytes, and adds to `sum` what the sum must start below 0
 #ifndef QCOMPILE_CPU_ISA_UNPACK_PANEL_H_
 #define QCOMPILE_CPU_ISA_UNPACK_PANEL_H_
 
@@ -7,58 +18,73 @@
 namespace qcompile::cpu {
 namespace {
 
-constexpr int64_t kPanelBlocks = 2;  // column blocks whose codes are unpacked at a time
-
-// The weights of a pass, in the tile's scratch.
+// The weights of a pass over kPanelBlocks column blocks, in the tile's scratch.
 struct WeightPanel {
   float* scales;    // [groups][kPanelBlocks][16]
-  int32_t* starts;  // the same: -128 times the sum of a group's bytes
-  uint8_t* bytes;   // [padded_k / 4][kPanelBlocks][64]: code - zero point
+  int32_t* starts;  // the same
+  int32_t* shifts;  // the same
+  uint8_t* bytes;   // [padded_k / 4][kPanelBlocks][quad_bytes]
 
   static WeightPanel In(const LinearTile& t) {
     const int64_t heads = t.layout->groups() * kPanelBlocks * kColumns;
     auto* starts = reinterpret_cast<int32_t*>(t.scratch + heads);
-    return {t.scratch, starts, reinterpret_cast<uint8_t*>(starts + heads)};
+    int32_t* shifts = starts + heads;
+    return {t.scratch, starts, shifts, reinterpret_cast<uint8_t*>(shifts + heads)};
   }
-  static int64_t Bytes(const PackedLayout& layout) {
-    constexpr int64_t kHeadBytes = sizeof(float) + sizeof(int32_t);
-    return kPanelBlocks * kColumns * (layout.groups() * kHeadBytes + layout.padded_k());
+  static int64_t Bytes(const PackedLayout& layout, int64_t quad_bytes) {
+    constexpr int64_t kHeadBytes = kColumns * (sizeof(float) + 2 * sizeof(int32_t));
+    return kPanelBlocks * (layout.groups() * kHeadBytes + layout.padded_k() / kQuad * quad_bytes);
   }
 };
 
-template <class Codes>
+// Signed bytes: codes less their zero point, or less 128 where that does not fit.
+struct CentredBytes {
+  static constexpr int64_t kBytes = kQuadBytes;
+
+  static bool HasShifts(const PackedLayout& layout) {
+    return layout.bits == 8 && layout.has_zero_point;
+  }
+  static I Base(const PackedLayout& layout, I zero) { return HasShifts(layout) ? Set1(128) : zero; }
+  // For products with a + 128.
+  static void Store(uint8_t* to, Bytes codes, I base, I* sum) {
+    constexpr uint8_t kOffset[kQuad] = {128, 128, 128, 128};
+    const Bytes bytes = Subtract(codes, base);
+    DotAccumulate(sum, BroadcastFour(kOffset), bytes);
+    StoreQuad(to, bytes);
+  }
+};
+
+template <class Codes, class Form>
 void UnpackBlock(const LinearTile& t, int64_t block, int64_t place, const WeightPanel& panel) {
   const Codes coding(t);
   const PackedLayout& layout = *t.layout;
   const uint8_t* header = t.weight + layout.block_at(block);
-  constexpr uint8_t kOffset[kQuad] = {128, 128, 128, 128};
-  const Bytes offset = BroadcastFour(kOffset);
-  uint8_t* bytes = panel.bytes + place * kQuadBytes;
+  uint8_t* bytes = panel.bytes + place * Form::kBytes;
   for (int64_t g = 0; g < layout.groups(); ++g) {
     const int64_t at = (g * kPanelBlocks + place) * kColumns;
     F scale = ReadScales(t, header, block);
     if constexpr (Codes::kStep != 1.0f) scale = scale * Set1(Codes::kStep);
     Store(panel.scales + at, scale);
     const I zero = coding.Zero(coding.ReadGroup(layout, header));
+    const I base = Form::Base(layout, zero);
     const int64_t units = layout.group_units(g), quads = units * (kUnit / kQuad);
     I too_much = ZeroI();
     Codes::template ForEachQuad<1>(header + layout.header_bytes(), 0, {0, quads, quads},
                                    [&](const Bytes* quad, auto) __attribute__((always_inline)) {
-                                     const Bytes w = Subtract(coding.ToBytes(*quad), zero);
-                                     DotAccumulate(&too_much, offset, w);
-                                     StoreQuad(bytes, w);
-                                     bytes += kPanelBlocks * kQuadBytes;
+                                     Form::Store(bytes, coding.ToBytes(*quad), base, &too_much);
+                                     bytes += kPanelBlocks * Form::kBytes;
                                    });
     StoreInts(panel.starts + at, ZeroI() - too_much);
+    StoreInts(panel.shifts + at, base - zero);
     header += layout.header_bytes() + layout.code_bytes(units);
   }
 }
 
 // `blocks` of kPanelBlocks blocks. Where there is no second block, the first takes its place.
-template <class Codes>
+template <class Codes, class Form>
 void UnpackBlocks(const LinearTile& t, int64_t block, int64_t blocks, const WeightPanel& panel) {
   for (int64_t b = 0; b < kPanelBlocks; ++b) {
-    UnpackBlock<Codes>(t, block + Least(b, blocks - 1), b, panel);
+    UnpackBlock<Codes, Form>(t, block + Least(b, blocks - 1), b, panel);
   }
 }
 

@@ -83,11 +83,9 @@ LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_
   return split;
 }
 
-bool LinearProduct::UsesPanels(const LinearLayer* layers, int64_t count, int64_t rows) const {
+bool LinearProduct::UsesPanels(int64_t rows) const {
   if (format_ == ActivationFormat::kFloat || kernels_.panels == nullptr) return false;
-  return rows >= kernels_.panels->least_rows &&
-         std::all_of(layers, layers + count,
-                     [](const LinearLayer& l) { return FitsPanels(*l.layout); });
+  return rows >= kernels_.panels->least_rows;
 }
 
 LinearTile LinearProduct::Prepare(const LinearInput& input, const PackedLayout& layout,
@@ -186,7 +184,7 @@ void LinearProduct::RunTile(const Split& split, int64_t task, const LinearLayer&
 
 void LinearProduct::Run(const LinearInput& input, const LinearLayer* layers, int64_t count) const {
   if (input.rows == 0) return;
-  const bool panels = UsesPanels(layers, count, input.rows);
+  const bool panels = UsesPanels(input.rows);
   const LinearTile activations = Prepare(input, *layers[0].layout, panels);
   int64_t tasks = 0, bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -209,8 +207,7 @@ void LinearProduct::Run(const LinearInput& input, const LinearLayer* layers, int
 void LinearProduct::RunGated(const LinearInput& input, const LinearLayer& gate,
                              const LinearLayer& up, Activation activation) const {
   if (input.rows == 0) return;
-  const LinearLayer layers[] = {gate, up};
-  const LinearTile activations = Prepare(input, *gate.layout, UsesPanels(layers, 2, input.rows));
+  const LinearTile activations = Prepare(input, *gate.layout, UsesPanels(input.rows));
   const int64_t n = up.layout->n;
   LinearLayer to_scratch = gate;
   to_scratch.y = ScratchFloats(ScratchSlot::kGate, input.rows * n);

@@ -64,7 +64,7 @@ class LinearProduct {
  private:
   struct Split;
 
-  bool UsesPanels(const LinearLayer* layers, int64_t count, int64_t rows) const;
+  bool UsesPanels(int64_t rows) const;
   LinearTile Prepare(const LinearInput& input, const PackedLayout& layout, bool panels) const;
   LinearTile PrepareFloat(const LinearInput& input, const PackedLayout& layout) const;
   LinearTile PrepareInt8(const LinearInput& input, const PackedLayout& layout, bool panels) const;

@@ -1,0 +1,19 @@
+#include "simd_avx2.h"
+// The vector type comes first.
+#include "attention.h"
+#include "cache_codec.h"
+#include "elementwise.h"
+#include "hadamard.h"
+#include "linear.h"
+#include "panel_dots.h"
+// What follows uses it.
+#include "linear_panel.h"
+
+namespace qcompile::cpu {
+
+const KernelTable kAvxVnniKernels = {
+    "avxvnni",      QuantizeActivations, LinearInt8, LinearFloat, &kPanelKernels,  Attention,
+    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
+};
+
+}  // namespace qcompile::cpu
