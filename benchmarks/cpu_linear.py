@@ -7,6 +7,9 @@ run only.
 
     python benchmarks/cpu_linear.py --n 4096 --k 4096 --rows 1 4 16 128 --threads 2
     python benchmarks/cpu_linear.py --rows 1 16 512 --roofline roofline.svg
+    python benchmarks/cpu_linear.py --peer-python PEERS/bin/python
+
+OpenVINO runs in a process of its own, of an interpreter that has it: this one, or `--peer-python`.
 """
 
 from __future__ import annotations
@@ -15,12 +18,18 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import numpy as np
-from linear_layers import VARIANTS, Shape, chain
+import onnx
+from line_process import LineProcess
+from linear_layers import VARIANTS, Shape, chain, onnxruntime
 from probes import Probes
 from roofline import Point, roofline
 
@@ -35,6 +44,7 @@ class Setting:
     rounds: int
     working_set: int  # bytes of weights that one pass streams, at least
     cpu_time: bool = False  # instead of wall-clock time
+    peer_python: str = sys.executable
 
 
 @dataclass(frozen=True)
@@ -57,13 +67,19 @@ class Limits:
     byte_products: list[float]  # operations per second; 0 without AVX-512 VNNI
 
 
-class Chain:
+class Chain(Protocol):
     """Equal layers, one after the other."""
 
+    weight_bytes: int  # of a layer
+
+    def seconds_per_layer(self, x: np.ndarray) -> float: ...
+
+
+class OnnxRuntimeChain:
     def __init__(self, name: str, setting: Setting) -> None:
         shape = Shape(setting.n, setting.k)
         model, self.layers, self.weight_bytes = chain(name, shape, setting.working_set)
-        self._run = VARIANTS[name].engine(model, setting.threads)
+        self._run = onnxruntime(model, setting.threads)
         # CPU time is what one thread would take if nobody else ran.
         self._clock = time.process_time if setting.cpu_time else time.perf_counter
 
@@ -73,8 +89,38 @@ class Chain:
         return (self._clock() - start) / self.layers
 
 
+class OpenVinoChain:
+    def __init__(self, name: str, setting: Setting) -> None:
+        shape = Shape(setting.n, setting.k)
+        model, self.layers, self.weight_bytes = chain(name, shape, setting.working_set)
+        self._clock = "cpu" if setting.cpu_time else "wall"
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "chain.onnx"
+            onnx.save(model, path)
+            program = str(Path(__file__).with_name("openvino_chain.py"))
+            command = [setting.peer_python, program, str(path), "--columns", str(setting.k)]
+            command += ["--threads", str(setting.threads), "--group", str(VARIANTS[name].group)]
+            self._process = LineProcess(command)
+
+    def seconds_per_layer(self, x: np.ndarray) -> float:
+        seconds = json.loads(self._process.ask(str(len(x))))
+        return float(seconds[self._clock]) / self.layers
+
+
+ENGINES = {"onnxruntime": OnnxRuntimeChain, "openvino": OpenVinoChain}
+
+
+def runnable_variants(peer_python: str) -> list[str]:
+    """All variants but those of an engine that is not there."""
+    query = [peer_python, "-c", "import openvino"]
+    found = subprocess.run(query, capture_output=True, check=False).returncode == 0
+    return [name for name, variant in VARIANTS.items() if found or variant.engine != "openvino"]
+
+
 def measure(setting: Setting, names: list[str], all_rows: list[int]) -> tuple[list[Result], Limits]:
-    chains = {name: Chain(name, setting) for name in names}
+    chains: dict[str, Chain] = {
+        name: ENGINES[VARIANTS[name].engine](name, setting) for name in names
+    }
     probes = Probes(setting.threads)
     limits = Limits([], [])
     results = []
@@ -148,7 +194,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--megabytes", type=float, default=160, help="weights per chain")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="default: all")
+    parser.add_argument("--peer-python", default=sys.executable, help="has openvino")
     parser.add_argument("--cpu-time", action="store_true", help="for a busy machine; one thread")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--roofline", type=Path, help="write an SVG picture")
@@ -162,8 +209,10 @@ def main() -> None:
         arguments.rounds,
         int(arguments.megabytes * 2**20),
         arguments.cpu_time,
+        arguments.peer_python,
     )
-    results, limits = measure(setting, arguments.variants, arguments.rows)
+    names = arguments.variants or runnable_variants(arguments.peer_python)
+    results, limits = measure(setting, names, arguments.rows)
     if arguments.roofline is not None:
         arguments.roofline.write_text(picture(results, limits), encoding="utf-8")
     if arguments.json:
