@@ -106,6 +106,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "nf4-gptq": weights({"w4": "nf4", "w4-g64": "nf4-g64"}, **_GPTQ),
     "higgs": weights(HIGGS, scale_search="mse"),
     "higgs-absmax": weights(HIGGS),
+    "higgs-gptq": weights(HIGGS, method="gptq", scale_search="mse"),
     "fp4": weights(FP4, scale_search="mse"),
     "llm-fp4": weights(FP4, method="llm_fp4"),
     "rtn-budget": weights({"w3-g64": "int3-g64"}, scale_search="mse", target_bits=3.25),

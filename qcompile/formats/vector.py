@@ -117,12 +117,11 @@ class VectorFormat(Format):
         """
         rows = weight.reshape(-1, weight.shape[-1])
         codes = torch.empty((len(rows), self._code_count(rows.shape[1], name)), dtype=torch.uint8)
-        refits = 0 if scale_search == "absmax" else _REFITS
 
         def encode_block(start: int, stop: int) -> Tensor:
             values = rows[start:stop].to(torch.float32)
             require_finite(values, name)
-            chosen, scale = self._fit(self._turn(values), refits, name)
+            chosen, scale = self._fit(self._turn(values), scale_search, name)
             codes[start:stop] = chosen
             return scale
 
@@ -133,6 +132,22 @@ class VectorFormat(Format):
             "scale": scale.to(self.scale_dtype).reshape(*leading, -1),
         }
         return QuantizedWeight(self, tuple(weight.shape), tensors)
+
+    def fit_scales(self, rows: Tensor, search: ScaleSearch, name: str) -> Tensor:
+        """The scales that `encode` takes, as they are stored.
+
+        Args:
+            rows: In the basis of the codebook, float32 [n, K], or a group of these, [n, g].
+            search: See `encode`.
+            name: What error messages call the weight.
+
+        Returns:
+            float32 [n, G].
+
+        Raises:
+            ModelError: A scale is too large for its type.
+        """
+        return self._fit(rows, search, name)[1]
 
     def decode(self, quantized: QuantizedWeight) -> Tensor:
         """The stored values, float32 [..., K], turned back."""
@@ -191,14 +206,14 @@ class VectorFormat(Format):
             )
         return width // self.dimension
 
-    def _fit(self, values: Tensor, refits: int, name: str) -> tuple[Tensor, Tensor]:
+    def _fit(self, values: Tensor, search: ScaleSearch, name: str) -> tuple[Tensor, Tensor]:
         """Codes [n, K / dimension] and scales [n, G] of turned rows [n, K]."""
         groups = split_groups(values, self.group_size)
         energy = split_groups(torch.ones_like(values[:1]), self.group_size).sum(-1)
         norm = groups.square().sum(-1)
         scale = storable_scale((norm / energy).sqrt(), self.scale_dtype, name)
         codes, error = self._choose(groups, scale)
-        for _ in range(refits):
+        for _ in range(0 if search == "absmax" else _REFITS):
             table = codebook_tensor(self.codebook)
             decoded = table[codes.long()].reshape(groups.shape)
             best = (groups * decoded).sum(-1) / decoded.square().sum(-1).clamp_(min=1e-30)

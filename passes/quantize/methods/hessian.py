@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qcompile.calibration.statistics import Hessian
 from qcompile.errors import ModelError
+from qcompile.kernels.lookup_vectors.reference import turn
 
 _ATTEMPTS = 6
 
@@ -45,6 +46,7 @@ class Inputs:
     def __init__(self, hessian: Hessian) -> None:
         self.hessian = hessian
         self._made: dict[tuple[float, bool], Feedback] = {}
+        self._turned: dict[int, Inputs] = {}
         self._lock = threading.Lock()
 
     @property
@@ -67,6 +69,20 @@ class Inputs:
                     self.hessian, damping=damping, descending=descending, name=name
                 )
             return self._made[key]
+
+    def turned(self, block: int) -> Inputs:
+        """These inputs in the basis that vector codebooks turn weights to, made once; see `turn`.
+
+        Args:
+            block: Order of the Hadamard matrices.
+        """
+        with self._lock:
+            if block not in self._turned:
+                # Symmetric, so that turning the rows of the transpose turns the other side.
+                moments = turn(turn(self.hessian.sum, block).T, block)
+                peak = torch.full_like(self.hessian.peak, torch.inf)  # not known in another basis
+                self._turned[block] = Inputs(Hessian(moments, self.hessian.count, peak))
+            return self._turned[block]
 
     def energy(self, weight: Tensor) -> float:
         """Mean square of the layer's output on these inputs, summed over outputs.

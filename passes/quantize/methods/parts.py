@@ -95,6 +95,7 @@ class PartsRounder:
 
     def __init__(self, rounders: Sequence[PartRounder], columns: Sequence[Tensor]) -> None:
         self.adapts = any(rounder.adapts for rounder in rounders)
+        self.width = 1
         self._owner = {
             column: (rounder, place)
             for rounder, chosen in zip(rounders, columns, strict=True)
@@ -127,6 +128,7 @@ class SparseRounder:
 
     def __init__(self, inner: Rounder, index: Tensor, columns: int) -> None:
         self.adapts = inner.adapts
+        self.width = 1
         self._inner = inner
         self._chosen = torch.zeros(len(index), columns, dtype=torch.bool).scatter(1, index, True)
         self.lacking = torch.zeros(len(index), columns)
@@ -154,6 +156,7 @@ class DenseRounder:
     """
 
     adapts = False
+    width = 1
 
     def __init__(self, format: DenseFormat, shape: tuple[int, int], name: str) -> None:
         self._format = format

@@ -23,15 +23,17 @@ class Rounder(Protocol):
 
     Attributes:
         adapts: Whether it wants to know what blocks of columns have become.
+        width: Columns that it rounds at a time; they stand side by side in the order of the sweep.
     """
 
     adapts: bool
+    width: int
 
     def begin(self, columns: Sequence[int], weights: Tensor) -> None:
         """Tells what a block of columns, [columns, N], would be if it were not rounded."""
 
     def round(self, column: int, target: Tensor) -> Tensor:
-        """Rounds a column, [N, 1]; returns what will be decoded."""
+        """Rounds columns from one on, [N, width]; returns what will be decoded."""
 
 
 def sweep(
@@ -46,7 +48,8 @@ def sweep(
         weight: float32 [N, K].
         feedback: From the Hessian of the inputs; its order is that of the columns.
         rounder: Rounds columns; it is told original column numbers.
-        block: Columns per block, or those of each block; rounding, not results, depends on it.
+        block: Columns per block, or those of each block, multiples of the rounder's width;
+            rounding, not results, depends on it.
 
     Returns:
         The errors, weight - decoded, float32 [N, K].
@@ -62,12 +65,15 @@ def sweep(
         if rounder.adapts:
             rounder.begin(order[start:stop], exact[start:stop] + _unrounded(lower, asked, start))
         targets = exact[start:stop] + asked
-        for column in range(start, stop):
-            target = targets[column - start]
+        for column in range(start, stop, rounder.width):
+            columns = slice(column, column + rounder.width)
+            target = targets[column - start : column - start + rounder.width]
             if column > start:
-                target = target.addmv(errors[start:column].T, lower[column, start:column])
-            decoded = rounder.round(order[column], target.unsqueeze(-1)).squeeze(-1)
-            torch.sub(exact[column], decoded, out=errors[column])
+                target = _plus_product(target, lower[columns, start:column], errors[start:column])
+            if rounder.width > 1:
+                target = exact[columns] + _unrounded(lower, target - exact[columns], column)
+            decoded = rounder.round(order[column], target.T)
+            torch.sub(exact[columns], decoded.T, out=errors[columns])
     result = torch.empty_like(weight)
     result[:, feedback.order] = errors.T
     return result
@@ -80,13 +86,20 @@ def _blocks(columns: int, block: int | Sequence[int]) -> Iterator[tuple[int, int
     return pairwise([0, *stops])
 
 
+def _plus_product(target: Tensor, lower: Tensor, errors: Tensor) -> Tensor:
+    """``target + lower @ errors``, [columns, N]."""
+    if len(target) == 1:  # one column at a time is what takes a sweep its time
+        return target[0].addmv(errors.T, lower[0]).unsqueeze(0)
+    return torch.addmm(target, lower, errors)
+
+
 def _unrounded(lower: Tensor, asked: Tensor, start: int) -> Tensor:
-    """How a block moves if each column does what all columns before it ask for, its own included.
+    """How columns move if each does what all columns before it ask for, these included.
 
     Args:
         lower: Of the feedback.
-        asked: What the columns before the block ask of it, [columns, N].
-        start: Its first column.
+        asked: What the columns before these ask of them, [columns, N].
+        start: The first one.
     """
     inner = lower[start : start + len(asked), start : start + len(asked)]
     moved: Tensor = torch.linalg.solve_triangular(inner, asked, upper=False, unitriangular=True)
@@ -108,6 +121,7 @@ class GridRounder:
 
     Attributes:
         adapts: The opposite of `static`.
+        width: 1.
         codes: uint8 [N, K].
     """
 
@@ -126,6 +140,7 @@ class GridRounder:
         self._name = name
         self._importance = importance
         self.adapts = not static
+        self.width = 1
         self._size = grid.group_size or weight.shape[1]
         self.codes = torch.empty(weight.shape[::-1], dtype=torch.uint8).T
         self._groups: list[GroupParameters | None] = [None] * group_count(

@@ -12,6 +12,7 @@ from qcompile.compiler import compile
     ("recipe", "target"),
     [
         *(("w4-higgs", "cpu"), ("w4-llm-fp4", "cpu"), ("w3-budget", "cpu")),
+        ("w2-higgs-gptq", "cpu"),
         *(("w4a4-llm-fp4", "cpu"), ("w4a4-llm-fp4", "onnx")),
     ],
 )
