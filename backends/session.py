@@ -120,6 +120,11 @@ def check_inputs(
         RecipeError: If an input is missing, unknown, or of the wrong type or shape.
     """
     declared = {value.name: value for value in signature.inputs}
+    if not isinstance(inputs, Mapping):
+        raise RecipeError(
+            f"inputs are a {type(inputs).__name__}",
+            remedy="pass arrays by name: run({" + ", ".join(f"{n!r}: ..." for n in declared) + "})",
+        )
     if inputs.keys() != declared.keys():
         name = sorted(inputs.keys() ^ declared.keys())[0]
         problem = "is missing" if name in declared else "is not one of the model's"

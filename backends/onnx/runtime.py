@@ -48,7 +48,12 @@ class OnnxSession(ModelSession):
             _check_language_model(path, manifest)
         self._runtime = self._open(path, threads or _physical_cores())
         _check_values(path, self._signature.inputs, self._runtime.get_inputs())
-        _check_values(path, self._signature.outputs, self._runtime.get_outputs())
+        _check_values(
+            path,
+            self._signature.outputs,
+            self._runtime.get_outputs(),
+            may_be_narrower=True,
+        )
 
     def _options(self) -> onnxruntime.SessionOptions:
         """How the model is run; a target with operators of its own registers them here."""
@@ -151,8 +156,22 @@ def _unfit(path: Path, reason: str) -> ArtifactError:
     )
 
 
-def _check_values(path: Path, declared: Sequence[ValueInfo], actual: Sequence[Any]) -> None:
-    """Compare the manifest with the model: buffers are allocated by what the manifest says."""
+def _check_values(
+    path: Path,
+    declared: Sequence[ValueInfo],
+    actual: Sequence[Any],
+    *,
+    may_be_narrower: bool = False,
+) -> None:
+    """Compare the manifest with the model: buffers are allocated by what the manifest says.
+
+    Args:
+        path: Of the model.
+        declared: What the manifest says.
+        actual: What ONNX Runtime says.
+        may_be_narrower: Whether ONNX Runtime may know the number that a formula of other sizes
+            stands for: of outputs, by what they are added to.
+    """
     found = {value.name: value for value in actual}
     for value in declared:
         if value.name not in found:
@@ -162,7 +181,7 @@ def _check_values(path: Path, declared: Sequence[ValueInfo], actual: Sequence[An
             raise _mismatch(path, value, f"the model's is {dtype}")
         shape = found[value.name].shape
         if len(shape) != len(value.shape) or any(
-            isinstance(size, int) and size != said
+            isinstance(size, int) and size != said and not (may_be_narrower and _is_formula(said))
             for size, said in zip(shape, value.shape, strict=True)
         ):
             raise _mismatch(path, value, f"the model's shape is {shape}")
@@ -171,6 +190,10 @@ def _check_values(path: Path, declared: Sequence[ValueInfo], actual: Sequence[An
             f"the manifest of {path} does not describe {sorted(missing)[0]!r} of the model",
             remedy="compile the model again",
         )
+
+
+def _is_formula(size: int | str) -> bool:
+    return isinstance(size, str) and not size.isidentifier()
 
 
 def _mismatch(path: Path, value: ValueInfo, problem: str) -> QCompileError:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import sympy
 import torch
 from torch import Tensor, fx
 
 from qcompile.errors import EquivalenceError
+from qcompile.ir import size_numbers
 from qcompile.ir.program import Program
+from qcompile.ir.size_numbers import small_sizes
 from qcompile.ir.sizes import expression
 from qcompile.ir.types import Port, Role
-from qcompile.ir.verify import size_identities
 from qcompile.passes.equivalence.cache_basis import to_cache_basis
 
 aten = torch.ops.aten
 
 _BATCH = 2
-
-_SIZES = (3, 5, 7, 11, 13, 17)
-"""Values for symbolic sizes without a meaning: different, so that a mix-up of axes shows."""
 
 _FALLBACK_ROWS = 2
 """Integers whose meaning nothing tells are 0 or 1: valid as flags, and as rows of any table."""
@@ -141,8 +139,7 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
             symbol = expression(size)
             if isinstance(symbol, sympy.Symbol) and number is not None:
                 symbols.setdefault(symbol, number)
-    _assign_rest(program, symbols)
-    sizes = Sizes(symbols)
+    sizes = Sizes(small_sizes(program, symbols))
     shapes = {node: sizes.shape(node.meta["val"]) for node, _ in ports}
     generator = torch.Generator().manual_seed(seed)
     has_mask = any(port.role is Role.ATTENTION_MASK for _, port in ports)
@@ -163,13 +160,7 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
 
 
 def _plain_case(program: Program, seed: int, traced_sizes: bool) -> Case:
-    symbols: dict[sympy.Symbol, int] = {}
-    if traced_sizes:
-        for size in _symbolic_sizes(program):
-            if isinstance(expression(size), sympy.Symbol) and size.node.hint is not None:
-                symbols[expression(size)] = int(size.node.hint)
-    _assign_rest(program, symbols)
-    sizes = Sizes(symbols)
+    sizes = Sizes(size_numbers.traced_sizes(program) if traced_sizes else small_sizes(program))
     generator = torch.Generator().manual_seed(seed)
     values = {
         port.name: _random(node, sizes.shape(node.meta["val"]), generator)
@@ -185,28 +176,6 @@ def _ports(program: Program) -> list[tuple[fx.Node, Port]]:
         for node, port in zip(program.inputs, program.signature.inputs, strict=True)
         if port.role is not Role.LOGIT_POSITIONS
     ]
-
-
-def _symbolic_sizes(program: Program) -> Iterator[torch.SymInt]:
-    for node in program.inputs:
-        sizes: tuple[Any, ...] = getattr(node.meta["val"], "shape", ())
-        for size in sizes:
-            if isinstance(size, torch.SymInt):
-                yield size
-
-
-def _assign_rest(program: Program, symbols: dict[sympy.Symbol, int]) -> None:
-    """Gives a number to every symbol that has none yet."""
-    least: dict[sympy.Symbol, int] = {}
-    for size in _symbolic_sizes(program):
-        for symbol in sorted(expression(size).free_symbols, key=str):
-            if symbol not in least:
-                least[symbol] = int(size.node.shape_env.bound_sympy(symbol).lower)
-    free = [symbol for symbol in least if symbol not in symbols]
-    for i, symbol in enumerate(free):
-        symbols[symbol] = max(_SIZES[i % len(_SIZES)], least[symbol])
-    for total, parts in size_identities(program).items():
-        symbols[total] = int(parts.subs(symbols))
 
 
 def _random(node: fx.Node, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.ir.program import Program
-from qcompile.ir.sizes import expression
-from qcompile.ir.verify import size_identities
+from qcompile.ir.size_numbers import filling_sizes
 
 TOLERANCE = 1e-10
 """Relative error in float64 up to which a region counts as the operator it was compared with."""
@@ -47,7 +46,7 @@ class Probe:
     def __init__(self, program: Program, seed: int = 0) -> None:
         self.program = program
         self._generator = torch.Generator().manual_seed(seed)
-        self._sizes = _assign_sizes(program)
+        self._sizes = filling_sizes(program)
         self._weights: dict[str, Tensor] = {}
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -230,19 +229,3 @@ def _observed_sizes(given: Mapping[fx.Node, Any]) -> dict[sympy.Symbol, int]:
                 if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol:
                     found[size.node.expr] = number
     return found
-
-
-def _assign_sizes(program: Program) -> dict[sympy.Symbol, int]:
-    symbols: list[sympy.Symbol] = []
-    for node in program.inputs:
-        value = node.meta["val"]
-        for size in value.shape if isinstance(value, Tensor) else ():
-            new = expression(size).free_symbols - set(symbols)
-            symbols.extend(sorted(new, key=str))
-    numbers = {symbol: _SIZES[i % len(_SIZES)] for i, symbol in enumerate(symbols)}
-    derived = {
-        total: int(sizes.subs(numbers))
-        for total, sizes in size_identities(program).items()
-        if total.is_Symbol
-    }
-    return numbers | derived

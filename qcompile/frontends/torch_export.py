@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+from unittest import mock
 
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qcompile.errors import ModelError
 from qcompile.ir.program import Program
 from qcompile.ir.types import Port, Provenance, Signature
 from qcompile.ir.weights import MemorySource, Source, TensorSpec, WeightStore
+
+_MAX_FORMULA: Final = 60
+"""Operations in a question about symbolic sizes: a speech encoder of 7 strides asks for 36."""
 
 
 def capture_module(model: nn.Module, example_inputs: Any) -> Program:
@@ -67,7 +73,7 @@ def export(
         ModelError: With the first line of what `torch.export` said.
     """
     try:
-        with evaluation_mode(model), torch.no_grad():
+        with evaluation_mode(model), without_caches(model), _short_formulas(), torch.no_grad():
             exported = torch.export.export(
                 model, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
             )
@@ -331,6 +337,42 @@ def _export_with(
     except ModelError as error:
         failures.append(error)
         return None
+
+
+class _LongFormulaError(RuntimeError):
+    """A size is too complicated a function of the sizes of inputs."""
+
+
+@contextlib.contextmanager
+def _short_formulas() -> Iterator[None]:
+    """Ends a trace in which a question about sizes is longer than can be reasoned about.
+
+    Windows that are padded, shifted and merged again, layer after layer, nest divisions so deeply
+    that each question takes minutes; with fewer symbolic sizes the same model is traced at once.
+    """
+    evaluate = ShapeEnv.evaluate_expr
+
+    def bounded(self: ShapeEnv, question: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(question, sympy.Basic) and int(sympy.count_ops(question)) > _MAX_FORMULA:
+            raise _LongFormulaError("its sizes depend on those of inputs in too complicated a way")
+        return evaluate(self, question, *args, **kwargs)
+
+    with mock.patch.object(ShapeEnv, "evaluate_expr", bounded):
+        yield
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Models that can return a cache of keys and values beside their results do not, inside."""
+    configs = {id(found): found for m in model.modules() if (found := getattr(m, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

@@ -41,7 +41,8 @@ class FuseAttention(Pass):
 
     A cache that other nodes read, such as the latent of multi-head latent attention, cannot be
     appended to inside of a node. All caches of such a model grow as plain tensors then, and an
-    attention over them stays one of standard operators.
+    attention over them stays one of standard operators, as one of a decoder over its encoder's
+    states does.
     """
 
     requires = frozenset({Fact.CANONICAL})
@@ -62,7 +63,7 @@ class FuseAttention(Pass):
             None,
         )
         for node in program.calls(dialect.attention):
-            if in_place or _attends_to_itself(node):
+            if _attends_to_itself(node) or (in_place and all(map(_is_append, node.args[1:3]))):
                 _fuse(editor, node, mask)
                 result.rewrites += 1
         return result
