@@ -123,14 +123,15 @@ constexpr int64_t kLinearFloatBlocks = 2;   // column blocks that are dequantize
 constexpr int64_t kLinearScratchFloats =
     (kLinearFloatDepth + kLinearFloatRows) * kLinearFloatBlocks * kColumns;
 
-// Products for many rows of integer activations. These are packed in panels of some rows, in a form
-// of the kernel's own, and used for all columns. Results are those of linear_int8, bit for bit.
+// Products for many rows. Activations are packed in panels of some rows, in a form of the kernel's
+// own, and used for all columns.
 struct PanelKernels {
   int64_t rows;        // of a panel
   int64_t least_rows;  // fewer do not repay the unpacking of the weights
+  int64_t most_rows;   // of a LinearTile: a multiple of `rows`, or 0 for any number
   int64_t (*panel_bytes)(const PackedLayout& layout, int64_t scales_per_row);
   int64_t (*scratch_bytes)(const PackedLayout& layout);
-  // Rows row_begin to row_end of a tile's integer activations, at most `rows`, as a panel.
+  // Rows row_begin to row_end of a tile's activations, at most `rows`, as a panel.
   void (*pack)(const LinearTile& tile, uint8_t* panel);
   void (*multiply)(const LinearTile& tile);
 };
@@ -152,7 +153,9 @@ struct KernelTable {
   void (*quantize_row)(const QuantizeRow& row);
   void (*linear_int8)(const LinearTile& tile);
   void (*linear_float)(const LinearTile& tile);
-  const PanelKernels* panels;  // null where linear_int8 is as good
+  const PanelKernels* panels;  // of integer activations: as linear_int8, bit for bit
+  // Of float activations, to about 2^-16 of a product; null where linear_float is as good.
+  const PanelKernels* float_panels;
   void (*attention)(const AttentionTile& tile);
   // The numbers of one head and position as a cache keeps them: row.bytes() bytes.
   void (*encode_cache_row)(const CacheRow& row, const float* x, uint8_t* bytes);
@@ -177,8 +180,9 @@ extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAmxKernels;
 #endif
 
-// Whether a table's panels multiply as the rows of another one do, on a small product.
-bool PanelsMultiplyLike(const KernelTable& panels, const KernelTable& rows);
+// Whether panels multiply as the rows of a table do, on some small products.
+bool PanelsMultiplyLike(const PanelKernels& panels, const KernelTable& rows);
+bool FloatPanelsMultiplyLike(const PanelKernels& panels, const KernelTable& rows);
 
 }  // namespace qcompile::cpu
 

@@ -1,5 +1,6 @@
 // The test that a matrix unit has to pass before it is used.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -48,6 +49,8 @@ struct Operands {
         scales.push_back(static_cast<float>(1 + numbers.Next() % 100) / 64.0f);
       }
     }
+    x.resize(static_cast<size_t>(kRows * layout.padded_k()));
+    for (float& number : x) number = static_cast<float>(numbers.Next()) / (1 << 23) - 1.0f;
   }
 
   LinearTile Tile(float* y) const {
@@ -60,6 +63,8 @@ struct Operands {
     tile.sums = sums.data();
     tile.scales = scales.data();
     tile.scales_per_row = layout.groups();
+    tile.x = x.data();
+    tile.x_stride = layout.padded_k();
     tile.y = y;
     return tile;
   }
@@ -71,6 +76,19 @@ struct Operands {
   std::vector<int8_t> codes;
   std::vector<int32_t> sums;
   std::vector<float> scales;
+  std::vector<float> x;  // between -1 and 1
+};
+
+constexpr ScaleType kScales = ScaleType::kBfloat16;
+// Groups of several tiles, of a part of one, and short ones at the end; part of a column block; k
+// that are no whole number of tiles.
+constexpr PackedLayout kLayouts[] = {
+    {72, 360, 128, 4, true, kScales, Coding::kInteger},
+    {40, 88, 88, 8, false, kScales, Coding::kInteger},
+    {40, 88, 32, 8, true, kScales, Coding::kInteger},
+    {40, 88, 32, 3, true, kScales, Coding::kInteger},
+    {16, 100, 48, 2, false, kScales, Coding::kTernary},
+    {24, 88, 16, 4, false, kScales, Coding::kE2m1},
 };
 
 void MultiplyByPanels(const PanelKernels& kernels, LinearTile tile) {
@@ -93,25 +111,36 @@ void MultiplyByPanels(const PanelKernels& kernels, LinearTile tile) {
 
 }  // namespace
 
-bool PanelsMultiplyLike(const KernelTable& panels, const KernelTable& rows) {
-  constexpr ScaleType kScales = ScaleType::kBfloat16;
-  // Groups of several tiles, of a part of one, and short ones at the end; part of a column block.
-  const PackedLayout layouts[] = {
-      {72, 360, 128, 4, true, kScales, Coding::kInteger},
-      {40, 88, 88, 8, false, kScales, Coding::kInteger},
-      {40, 88, 32, 8, true, kScales, Coding::kInteger},
-      {40, 88, 32, 3, true, kScales, Coding::kInteger},
-      {16, 100, 48, 2, false, kScales, Coding::kTernary},
-      {24, 88, 16, 4, false, kScales, Coding::kE2m1},
-  };
-  for (const PackedLayout& layout : layouts) {
+bool PanelsMultiplyLike(const PanelKernels& panels, const KernelTable& rows) {
+  for (const PackedLayout& layout : kLayouts) {
     const Operands operands(layout);
     std::vector<float> expected(static_cast<size_t>(kRows * layout.n)), actual(expected);
     rows.linear_int8(operands.Tile(expected.data()));
-    MultiplyByPanels(*panels.panels, operands.Tile(actual.data()));
+    MultiplyByPanels(panels, operands.Tile(actual.data()));
     if (std::memcmp(expected.data(), actual.data(), sizeof(float) * expected.size()) != 0) {
       return false;
     }
+  }
+  return true;
+}
+
+bool FloatPanelsMultiplyLike(const PanelKernels& panels, const KernelTable& rows) {
+  // Both lose less than 2^-15 of a product, and few of their errors add up.
+  constexpr float kTolerance = 1.0f / (1 << 14);
+  for (const PackedLayout& layout : kLayouts) {
+    const Operands operands(layout);
+    std::vector<float> expected(static_cast<size_t>(kRows * layout.n)), actual(expected);
+    std::vector<float> scratch(static_cast<size_t>(kLinearScratchFloats));
+    LinearTile tile = operands.Tile(expected.data());
+    tile.scratch = scratch.data();
+    rows.linear_float(tile);
+    MultiplyByPanels(panels, operands.Tile(actual.data()));
+    float largest = 0.0f, error = 0.0f;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      largest = std::max(largest, std::fabs(expected[i]));
+      error = std::max(error, std::fabs(actual[i] - expected[i]));
+    }
+    if (!(error <= kTolerance * largest)) return false;  // a NaN is no match either
   }
   return true;
 }

@@ -72,9 +72,10 @@ bool MayUseTiles() {
 }
 
 bool HasAmx() {
-  return HasAvx512() && HasBits(Cpuid(7).edx, {24 /* tile */, 25 /* int8 */}) &&
+  return HasAvx512() && HasBits(Cpuid(7).edx, {22 /* bf16 */, 24 /* tile */, 25 /* int8 */}) &&
          HasBits(SavedState(), {17 /* configuration */, 18 /* tiles */}) && MayUseTiles() &&
-         PanelsMultiplyLike(kAmxKernels, kAvx512Kernels);
+         PanelsMultiplyLike(*kAmxKernels.panels, kAvx512Kernels) &&
+         FloatPanelsMultiplyLike(*kAmxKernels.float_panels, kAvx512Kernels);
 }
 
 #endif  // __x86_64__

@@ -79,6 +79,21 @@ def make_model(
     return model.SerializeToString()
 
 
+def drawn(*shape: int) -> np.ndarray:
+    """Floats of size 1, the same for the same last axis."""
+    return np.random.default_rng(shape[-1]).standard_normal(shape).astype(np.float32)
+
+
+def product_tolerance(isa: str, act: str, rows: int) -> float:
+    """How far a product may be off, relative to its largest output.
+
+    Both sides add the same products in float32, in different orders: the error is a few roundings
+    of the partial sums (2^-24 each). Tiles of bfloat16 lose up to 2^-16 of each product of floats.
+    """
+    by_tiles = isa == "amx" and act == "float" and rows >= 16
+    return 1e-5 if by_tiles else 2e-6
+
+
 def runnable_isas(library: Path) -> tuple[str, ...]:
     """The instruction sets that a library can run with here, which it lists when asked for none."""
     with pytest.MonkeyPatch.context() as patch:
@@ -160,3 +175,16 @@ def run_node(make_session: Callable[..., ort.InferenceSession]) -> NodeRunner:
         return results
 
     return run
+
+
+@pytest.fixture
+def assert_same_on_two_threads(run_node: NodeRunner) -> Callable[..., None]:
+    """Asserts that a node gives the same bits on one thread and on two."""
+
+    def check(op_type: str, inputs: Sequence[np.ndarray | None], **attributes: Any) -> None:
+        one = run_node(op_type, inputs, threads=1, **attributes)
+        two = run_node(op_type, inputs, threads=2, **attributes)
+        for found, expected in zip(two, one, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+    return check

@@ -41,6 +41,10 @@ struct AmxTiles {
   void Multiply() {
     asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
   }
+  template <int kSum, int kLeft, int kRight>
+  void MultiplyBrain() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+  }
 };
 
 }  // namespace

@@ -12,8 +12,9 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",         QuantizeActivations, LinearInt8, LinearFloat, &kPanelKernels,  Attention,
-    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
+    "avx2",  QuantizeActivations, LinearInt8,     LinearFloat,     &kPanelKernels,
+    nullptr, Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
+    RmsNorm, GatedActivation,     Hadamard,
 };
 
 }  // namespace qcompile::cpu

@@ -8,14 +8,15 @@
 #include "linear.h"
 #include "panel_dots.h"
 // What follows uses it.
+#include "brain_tiles.h"
 #include "linear_panel.h"
-#include "tile_panel.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512",       QuantizeActivations, LinearInt8, LinearFloat, &kPanelKernels,  Attention,
-    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
+    "avx512", QuantizeActivations, LinearInt8,     LinearFloat,     &kPanelKernels,
+    nullptr,  Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
+    RmsNorm,  GatedActivation,     Hadamard,
 };
 
 const KernelTable kAmxKernels = {
@@ -24,6 +25,7 @@ const KernelTable kAmxKernels = {
     LinearInt8,
     LinearFloat,
     &kTilePanelKernels<AmxTiles>,
+    &kBrainTileKernels<AmxTiles>,
     Attention,
     EncodeCacheRow,
     DecodeCacheRows,

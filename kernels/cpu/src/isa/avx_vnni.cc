@@ -12,8 +12,9 @@
 namespace qcompile::cpu {
 
 const KernelTable kAvxVnniKernels = {
-    "avxvnni",      QuantizeActivations, LinearInt8, LinearFloat, &kPanelKernels,  Attention,
-    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
+    "avxvnni", QuantizeActivations, LinearInt8,     LinearFloat,     &kPanelKernels,
+    nullptr,   Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
+    RmsNorm,   GatedActivation,     Hadamard,
 };
 
 }  // namespace qcompile::cpu

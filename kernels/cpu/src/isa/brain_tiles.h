@@ -2,9 +2,9 @@
 //
 // A bfloat16 has 8 bits of a float's 24. So a number is split in two, the nearest bfloat16 and what
 // is left, which have 16 together, and three of the four products of parts are added, in float32:
-// what is lost is 2^-16 of a product, not the 2^-8 of a plain bfloat16. Weights are dequantized with
-// their scales, so that nothing is left to do between groups: for 32 k of 32 rows and 32 columns, 8
-// tile loads and 12 products, however small the groups are.
+// what is lost is 2^-16 of a product, not the 2^-8 of a plain bfloat16. Weights are dequantized
+// with their scales, so that nothing is left to do between groups: for 32 k of 32 rows and 32
+// columns, 8 tile loads and 12 products, however small the groups are.
 //
 // `Tiles` is the unit of tile_panel.h, with
 //
@@ -18,12 +18,12 @@
 namespace qcompile::cpu {
 namespace {
 
-constexpr int64_t kStepDepth = kTileBytes / 2;              // k of a tile
-constexpr int64_t kTileSize = kTileRows * kTileBytes;       // bytes
-constexpr int64_t kStepBytes = 4 * kTileSize;               // two parts of two tiles
-constexpr int64_t kPartBytes = 2 * kTileSize;               // of one part of a step
-constexpr int64_t kBrainDepth = 1024;                       // k that are dequantized at a time
-constexpr int64_t kMostBrainRows = 8 * kTilePanelRows;      // of a LinearTile
+constexpr int64_t kStepDepth = kTileBytes / 2;          // k of a tile
+constexpr int64_t kTileSize = kTileRows * kTileBytes;   // bytes
+constexpr int64_t kStepBytes = 4 * kTileSize;           // two parts of two tiles
+constexpr int64_t kPartBytes = 2 * kTileSize;           // of one part of a step
+constexpr int64_t kBrainDepth = 1024;                   // k that are dequantized at a time
+constexpr int64_t kMostBrainRows = 8 * kTilePanelRows;  // of a LinearTile
 constexpr int64_t kBrainWeightBytes = kBrainDepth / kStepDepth * kStepBytes;
 
 inline int64_t StepsOf(int64_t k) { return (k + kStepDepth - 1) / kStepDepth; }

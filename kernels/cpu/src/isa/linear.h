@@ -210,10 +210,10 @@ void LinearFloatRows(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
   for (int r = 0; r < kRows && r < rows; ++r) StoreResult(t, row + r, block, total[r]);
 }
 
-// Weights of `begin` <= k < `end` of one column block to floats, [end - begin][16] in `out`.
-template <class Codes>
-inline void DequantizeBlock(const LinearTile& t, int64_t block, int64_t begin, int64_t end,
-                            float* out, int64_t out_stride) {
+// Calls body(four vectors of 16 columns) for every quad of `begin` <= k < `end` of a column block.
+template <class Codes, class Body>
+QCOMPILE_ALWAYS_INLINE void ForEachValue(const LinearTile& t, int64_t block, int64_t begin,
+                                         int64_t end, Body body) {
   const Codes coding(t);
   const PackedLayout& layout = *t.layout;
   const uint8_t* head = t.weight + layout.block_at(block);
@@ -226,17 +226,27 @@ inline void DequantizeBlock(const LinearTile& t, int64_t block, int64_t begin, i
     const auto group = coding.ReadGroup(layout, header);
     const QuadRange range = {(k - group_begin) / kQuad, (stop - group_begin) / kQuad,
                              length / kQuad};
-    Codes::template ForEachQuad<1>(
-        header + layout.header_bytes(), 0, range,
-        [&](const Bytes* quad, auto) __attribute__((always_inline)) {
-          Store(out, coding.template Value<0>(*quad, group) * scale);
-          Store(out + out_stride, coding.template Value<1>(*quad, group) * scale);
-          Store(out + 2 * out_stride, coding.template Value<2>(*quad, group) * scale);
-          Store(out + 3 * out_stride, coding.template Value<3>(*quad, group) * scale);
-          out += 4 * out_stride;
-        });
+    Codes::template ForEachQuad<1>(header + layout.header_bytes(), 0, range,
+                                   [&](const Bytes* quad, auto) __attribute__((always_inline)) {
+                                     const F w[kQuad] = {
+                                         coding.template Value<0>(*quad, group) * scale,
+                                         coding.template Value<1>(*quad, group) * scale,
+                                         coding.template Value<2>(*quad, group) * scale,
+                                         coding.template Value<3>(*quad, group) * scale};
+                                     body(w);
+                                   });
     k = stop;
   }
+}
+
+// Weights of `begin` <= k < `end` of one column block to floats, [end - begin][16] in `out`.
+template <class Codes>
+inline void DequantizeBlock(const LinearTile& t, int64_t block, int64_t begin, int64_t end,
+                            float* out, int64_t out_stride) {
+  ForEachValue<Codes>(t, block, begin, end, [&](const F* w) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kQuad; ++i, out += out_stride) Store(out, w[i]);
+  });
 }
 
 struct LinearFloatKernel {
@@ -294,21 +304,25 @@ inline void WithByteCodes(const LinearTile& t) {
 
 void LinearInt8(const LinearTile& t) { WithByteCodes<LinearInt8Kernel>(t); }
 
-void LinearFloat(const LinearTile& t) {
+// Runs Kernel::Run<Codes>(t) for any codes.
+template <class Kernel>
+inline void WithCodes(const LinearTile& t) {
   switch (t.layout->coding) {
     case Coding::kTable:
-      return WithTable<LinearFloatKernel>(t);
+      return WithTable<Kernel>(t);
     case Coding::kE2m1:
-      return LinearFloatKernel::Run<E2m1Codes>(t);
+      return Kernel::template Run<E2m1Codes>(t);
     case Coding::kE4m3:
-      return LinearFloatKernel::Run<E4m3Codes>(t);
+      return Kernel::template Run<E4m3Codes>(t);
     case Coding::kTernary:
-      return LinearFloatKernel::Run<TernaryCodes>(t);
+      return Kernel::template Run<TernaryCodes>(t);
     case Coding::kInteger:
       break;
   }
-  WithIntegers<LinearFloatKernel>(t);
+  WithIntegers<Kernel>(t);
 }
+
+void LinearFloat(const LinearTile& t) { WithCodes<LinearFloatKernel>(t); }
 
 }  // namespace
 }  // namespace qcompile::cpu

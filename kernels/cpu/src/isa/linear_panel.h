@@ -124,8 +124,10 @@ void PackRows(const LinearTile& t, uint8_t* panel) {
   auto* scales = reinterpret_cast<float*>(panel + shape.scales_at());
   for (int64_t row = t.row_begin, r = 0; row < t.row_end; ++row, ++r) {
     const int8_t* codes = t.codes + row * shape.padded_k;
+    uint8_t* to = panel + r * kQuad;
     for (int64_t k = 0; k < shape.padded_k; k += kQuad) {
-      Dots::PackFour(codes + k, panel + k / kQuad * kPanelRows * shape.quad_bytes + r * kQuad);
+      Dots::PackFour(codes + k, to);
+      to += kPanelRows * Dots::kActivationBytes;
     }
     for (int64_t g = 0; g < shape.scales_per_row; ++g) {
       scales[g * kPanelRows + r] = t.scales[row * shape.scales_per_row + g];
@@ -140,6 +142,7 @@ using WideDots = PanelDotsFor<8>::Type;
 const PanelKernels kPanelKernels = {
     kPanelRows,
     kLeastPanelRows,
+    0,
     [](const PackedLayout& layout, int64_t scales_per_row) {
       const bool wide = layout.bits == 8;
       const int64_t quad_bytes = wide ? WideDots::kActivationBytes : NarrowDots::kActivationBytes;

@@ -9,8 +9,9 @@
 namespace qcompile::cpu {
 
 const KernelTable kScalarKernels = {
-    "scalar",       QuantizeActivations, LinearInt8, LinearFloat, nullptr,         Attention,
-    EncodeCacheRow, DecodeCacheRows,     PackKeys,   RmsNorm,     GatedActivation, Hadamard,
+    "scalar", QuantizeActivations, LinearInt8,     LinearFloat,     nullptr,
+    nullptr,  Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
+    RmsNorm,  GatedActivation,     Hadamard,
 };
 
 }  // namespace qcompile::cpu

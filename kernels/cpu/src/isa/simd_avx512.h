@@ -181,6 +181,20 @@ inline void DotAccumulate(I* sum, Bytes without_sign, Bytes with_sign) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum->v) : "v"(without_sign.v), "v"(with_sign.v));
 }
 
+// What brain_tiles.h needs besides.
+
+inline F RoundToBrain(F a) {
+  const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x8000));
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm512_castsi512_ps(_mm512_and_si512(bits, upper))};
+}
+inline I PairBrains(F low, F high) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  constexpr int kOrAnd = 0xf8;  // a | (b & c)
+  return {_mm512_ternarylogic_epi32(_mm512_srli_epi32(_mm512_castps_si512(low.v), 16),
+                                    _mm512_castps_si512(high.v), upper, kOrAnd)};
+}
+
 template <int kByte>
 inline I ExtractByte(Bytes codes) {
   return {_mm512_and_si512(_mm512_srli_epi32(codes.v, 8 * kByte), _mm512_set1_epi32(0xff))};

@@ -307,6 +307,29 @@ inline void DotAccumulate(I* sum, const Bytes& without_sign, const Bytes& with_s
     sum->v[i / 4] += without_sign.v[i] * static_cast<int8_t>(with_sign.v[i]);
   }
 }
+// What brain_tiles.h needs besides.
+
+// The upper 16 bits, rounded to nearest, ties away from zero.
+inline F RoundToBrain(const F& a) {
+  F r;
+  for (int i = 0; i < 16; ++i) {
+    uint32_t bits;
+    memcpy(&bits, a.v + i, sizeof(bits));
+    bits = (bits + 0x8000u) & 0xffff0000u;
+    memcpy(r.v + i, &bits, sizeof(bits));
+  }
+  return r;
+}
+// The upper 16 bits of both, the second ones above the first.
+inline I PairBrains(const F& low, const F& high) {
+  return ForLanes<I>([&](int i) {
+    uint32_t first, second;
+    memcpy(&first, low.v + i, sizeof(first));
+    memcpy(&second, high.v + i, sizeof(second));
+    return static_cast<int32_t>((first >> 16) | (second & 0xffff0000u));
+  });
+}
+
 inline void StoreQuad(uint8_t* p, const Bytes& quad) { memcpy(p, quad.v, sizeof(quad.v)); }
 // Byte minus the number in its lane.
 inline Bytes Subtract(const Bytes& quad, const I& number) {

@@ -161,6 +161,7 @@ template <class Tiles>
 constexpr PanelKernels kTilePanelKernels = {
     kTilePanelRows,
     kTilePanelRows,
+    0,
     [](const PackedLayout& layout, int64_t scales_per_row) {
       return TiledActivations{layout, scales_per_row}.bytes();
     },

@@ -68,13 +68,18 @@ LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_
   constexpr int64_t kTaskBytes = 32 * 1024;
   constexpr int64_t kBlockMultiple = 4;  // a whole number of passes for every kernel
   const bool is_float = format_ == ActivationFormat::kFloat;
-  // Of the kernels' 8 rows at a time, or of their panels.
-  const int64_t multiple = is_float || kernels_.panels == nullptr ? 24 : 2 * kernels_.panels->rows;
+  const PanelKernels* panels = Panels(rows);
+  int64_t multiple = 24, most = is_float ? kLinearFloatRows : rows;  // 8 rows go together, or 4
+  if (panels != nullptr) {
+    const bool any = panels->most_rows == 0;
+    multiple = any ? 2 * panels->rows : panels->most_rows;
+    most = any ? rows : panels->most_rows;
+  }
   const int64_t row_bytes = layout.padded_k() * (is_float ? int64_t{sizeof(float)} : 1);
   const int64_t fit = std::max(kPanelBytes / row_bytes / multiple * multiple, multiple);
   Split split;
   split.rows = rows;
-  split.row_panel = std::min({rows, fit, is_float ? kLinearFloatRows : rows});
+  split.row_panel = std::min({rows, fit, most});
   split.row_panels = (rows + split.row_panel - 1) / split.row_panel;
   const int64_t task_bytes = layout.column_block_bytes() * split.row_panel;
   const int64_t blocks = std::max<int64_t>(kTaskBytes / task_bytes, 1);
@@ -83,37 +88,38 @@ LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_
   return split;
 }
 
-bool LinearProduct::UsesPanels(int64_t rows) const {
-  if (format_ == ActivationFormat::kFloat || kernels_.panels == nullptr) return false;
-  return rows >= kernels_.panels->least_rows;
+const PanelKernels* LinearProduct::Panels(int64_t rows) const {
+  const bool is_float = format_ == ActivationFormat::kFloat;
+  const PanelKernels* panels = is_float ? kernels_.float_panels : kernels_.panels;
+  return panels != nullptr && rows >= panels->least_rows ? panels : nullptr;
 }
 
-LinearTile LinearProduct::Prepare(const LinearInput& input, const PackedLayout& layout,
-                                  bool panels) const {
+LinearTile LinearProduct::Prepare(const LinearInput& input, const PackedLayout& layout) const {
   return format_ == ActivationFormat::kFloat ? PrepareFloat(input, layout)
-                                             : PrepareInt8(input, layout, panels);
+                                             : PrepareInt8(input, layout);
 }
 
 LinearTile LinearProduct::PrepareFloat(const LinearInput& input, const PackedLayout& layout) const {
   const int64_t k = layout.k, padded_k = layout.padded_k();
   LinearTile tile = {};
+  tile.layout = &layout;
   tile.x = input.x;
   tile.x_stride = k;
-  if (padded_k == k && !input.normed) return tile;
+  if (padded_k == k && !input.normed) {
+    return Panels(input.rows) == nullptr ? tile : PackPanels(tile, input, [](int64_t) {});
+  }
   float* rows = ScratchFloats(ScratchSlot::kActivations, input.rows * padded_k);
-  context_.ParallelFor(input.rows, input.rows * k, [&](int64_t r) {
+  tile.x = rows;
+  tile.x_stride = padded_k;
+  return PackPanels(tile, input, [&](int64_t r) {
     float* to = rows + r * padded_k;
     const float* from = NormedRow(kernels_, input, k, r, to);
     if (from != to) std::memcpy(to, from, sizeof(float) * static_cast<size_t>(k));
     std::fill(to + k, to + padded_k, 0.0f);
   });
-  tile.x = rows;
-  tile.x_stride = padded_k;
-  return tile;
 }
 
-LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayout& layout,
-                                      bool panels) const {
+LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayout& layout) const {
   const bool per_group = format_ == ActivationFormat::kInt8PerGroup;
   const bool is_static =
       format_ == ActivationFormat::kInt8Static || format_ == ActivationFormat::kUint8Static;
@@ -138,22 +144,29 @@ LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayo
                            per_group, grid, codes + r * padded_k, sums + r * groups,
                            scales + r * scales_per_row});
   };
-  if (!panels) {
-    context_.ParallelFor(input.rows, input.rows * k, quantize);
+  return PackPanels(tile, input, quantize);
+}
+
+template <class MakeRow>
+LinearTile LinearProduct::PackPanels(LinearTile tile, const LinearInput& input,
+                                     MakeRow make_row) const {
+  const PanelKernels* panels = Panels(input.rows);
+  const int64_t work = input.rows * tile.layout->k;
+  if (panels == nullptr) {
+    context_.ParallelFor(input.rows, work, make_row);
     return tile;
   }
-  const PanelKernels& kernels = *kernels_.panels;
-  const int64_t panel_bytes = kernels.panel_bytes(layout, scales_per_row);
-  const int64_t count = (input.rows + kernels.rows - 1) / kernels.rows;
+  const int64_t panel_bytes = panels->panel_bytes(*tile.layout, tile.scales_per_row);
+  const int64_t count = (input.rows + panels->rows - 1) / panels->rows;
   auto* packed = static_cast<uint8_t*>(
       Scratch(ScratchSlot::kPanels, static_cast<size_t>(count * panel_bytes)));
   tile.panels = packed;
-  context_.ParallelFor(count, input.rows * k, [&](int64_t panel) {
+  context_.ParallelFor(count, work, [&](int64_t panel) {
     LinearTile rows = tile;
-    rows.row_begin = panel * kernels.rows;
-    rows.row_end = std::min(rows.row_begin + kernels.rows, input.rows);
-    for (int64_t r = rows.row_begin; r < rows.row_end; ++r) quantize(r);
-    kernels.pack(rows, packed + panel * panel_bytes);
+    rows.row_begin = panel * panels->rows;
+    rows.row_end = std::min(rows.row_begin + panels->rows, input.rows);
+    for (int64_t r = rows.row_begin; r < rows.row_end; ++r) make_row(r);
+    panels->pack(rows, packed + panel * panel_bytes);
   });
   return tile;
 }
@@ -170,13 +183,14 @@ void LinearProduct::RunTile(const Split& split, int64_t task, const LinearLayer&
   tile->row_end = std::min(tile->row_begin + split.row_panel, split.rows);
   tile->block_begin = task % split.column_tasks * split.columns;
   tile->block_end = std::min(tile->block_begin + split.columns, layer.layout->column_blocks());
-  if (tile->x != nullptr) {
+  if (tile->panels != nullptr) {
+    const PanelKernels& panels = *Panels(split.rows);
+    const auto bytes = static_cast<size_t>(panels.scratch_bytes(*layer.layout));
+    tile->scratch = static_cast<float*>(Scratch(ScratchSlot::kWorker, bytes));
+    panels.multiply(*tile);
+  } else if (tile->x != nullptr) {
     tile->scratch = ScratchFloats(ScratchSlot::kWorker, kLinearScratchFloats);
     kernels_.linear_float(*tile);
-  } else if (tile->panels != nullptr) {
-    const auto bytes = static_cast<size_t>(kernels_.panels->scratch_bytes(*layer.layout));
-    tile->scratch = static_cast<float*>(Scratch(ScratchSlot::kWorker, bytes));
-    kernels_.panels->multiply(*tile);
   } else {
     kernels_.linear_int8(*tile);
   }
@@ -184,8 +198,7 @@ void LinearProduct::RunTile(const Split& split, int64_t task, const LinearLayer&
 
 void LinearProduct::Run(const LinearInput& input, const LinearLayer* layers, int64_t count) const {
   if (input.rows == 0) return;
-  const bool panels = UsesPanels(input.rows);
-  const LinearTile activations = Prepare(input, *layers[0].layout, panels);
+  const LinearTile activations = Prepare(input, *layers[0].layout);
   int64_t tasks = 0, bytes = 0;
   for (int64_t i = 0; i < count; ++i) {
     tasks += SplitWork(*layers[i].layout, input.rows).tasks();
@@ -207,7 +220,7 @@ void LinearProduct::Run(const LinearInput& input, const LinearLayer* layers, int
 void LinearProduct::RunGated(const LinearInput& input, const LinearLayer& gate,
                              const LinearLayer& up, Activation activation) const {
   if (input.rows == 0) return;
-  const LinearTile activations = Prepare(input, *gate.layout, UsesPanels(input.rows));
+  const LinearTile activations = Prepare(input, *gate.layout);
   const int64_t n = up.layout->n;
   LinearLayer to_scratch = gate;
   to_scratch.y = ScratchFloats(ScratchSlot::kGate, input.rows * n);

@@ -64,10 +64,14 @@ class LinearProduct {
  private:
   struct Split;
 
-  bool UsesPanels(int64_t rows) const;
-  LinearTile Prepare(const LinearInput& input, const PackedLayout& layout, bool panels) const;
+  // The kernels that a number of rows goes through in panels; null if it does not.
+  const PanelKernels* Panels(int64_t rows) const;
+  LinearTile Prepare(const LinearInput& input, const PackedLayout& layout) const;
   LinearTile PrepareFloat(const LinearInput& input, const PackedLayout& layout) const;
-  LinearTile PrepareInt8(const LinearInput& input, const PackedLayout& layout, bool panels) const;
+  LinearTile PrepareInt8(const LinearInput& input, const PackedLayout& layout) const;
+  // Makes all rows, and panels of them if they go that way.
+  template <class MakeRow>
+  LinearTile PackPanels(LinearTile tile, const LinearInput& input, MakeRow make_row) const;
   Split SplitWork(const PackedLayout& layout, int64_t rows) const;
   void RunTile(const Split& split, int64_t task, const LinearLayer& layer, LinearTile* tile) const;
 
