@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.kernels.cpu.conftest import drawn
 
 from qcompile.backends.cpu.sparse_linear import cpu_sparse_linear, pack_side, unpack_side
 from qcompile.formats.split import index_dtype
@@ -15,10 +16,6 @@ def side(n: int, k: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.stack([torch.randperm(k, generator=generator)[:count] for _ in range(n)])
     values = torch.randn(n, count, generator=generator).to(torch.float16)
     return index.sort(dim=-1).values.to(index_dtype(k)), values
-
-
-def drawn(*shape: int) -> np.ndarray:
-    return np.random.default_rng(shape[-1]).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize(("n", "k", "count"), [(1, 1, 1), (13, 36, 5), (3, 40_000, 2)])
@@ -47,15 +44,9 @@ def test_products_match_the_reference(run_node, shape: tuple[int, ...], n: int, 
     np.testing.assert_allclose(y, expected.numpy(), rtol=0, atol=2e-5)
 
 
-def test_products_are_the_same_for_every_number_of_threads(make_session) -> None:
+def test_products_are_the_same_for_every_number_of_threads(assert_same_on_two_threads) -> None:
     inputs = [drawn(40, 576), pack_side(*side(300, 576, 20)).numpy(), drawn(40, 300)]
-    one, two = (
-        make_session("SparseLinear", inputs, threads=threads, N=300, K=576, count=20).run(
-            None, {f"x{i}": value for i, value in enumerate(inputs)}
-        )[0]
-        for threads in (1, 2)
-    )
-    np.testing.assert_array_equal(one, two)
+    assert_same_on_two_threads("SparseLinear", inputs, N=300, K=576, count=20)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.kernels.cpu.conftest import drawn
 
 from qcompile.backends.cpu.vector_linear import (
     cpu_vector_linear,
@@ -44,6 +45,13 @@ def attributes(format: VectorFormat, n: int, k: int) -> dict[str, int]:
     }
 
 
+def node_inputs(name: str, n: int, x: np.ndarray) -> tuple[list[np.ndarray], VectorFormat]:
+    """Of a node with a weight of n rows: x, the packed weight and the codebook."""
+    format, codes, scale = make(name, n, x.shape[-1])
+    packed = pack_rows(codes, scale, format).numpy()
+    return [x, packed, np.array(format.vectors, np.float32)], format
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("n", "k"), [(1, 4), (13, 36), (24, 100), (5, 64)])
 def test_packing_is_undone_and_of_true_size(name: str, n: int, k: int) -> None:
@@ -61,31 +69,20 @@ def test_packing_is_undone_and_of_true_size(name: str, n: int, k: int) -> None:
 @pytest.mark.parametrize(("shape", "n"), [((1, 100), 13), ((2, 3, 576), 8), ((4, 36), 1)])
 def test_products_match_the_reference(run_node, name: str, shape: tuple[int, ...], n: int) -> None:
     k = shape[-1]
-    format, codes, scale = make(name, n, k)
-    x = np.random.default_rng(k).standard_normal(shape).astype(np.float32)
-    bias = np.random.default_rng(n).standard_normal(n).astype(np.float32)
-    packed = pack_rows(codes, scale, format)
-    table = np.array(format.vectors, np.float32)
-    inputs = [x, packed.numpy(), table, bias]
-    (y,) = run_node("VectorLinear", inputs, **attributes(format, n, k))
-    expected = cpu_vector_linear(
-        torch.from_numpy(x).double(), packed, torch.from_numpy(bias).double(), n, k, str(format)
-    )
+    inputs, format = node_inputs(name, n, drawn(*shape))
+    bias = drawn(n)
+    (y,) = run_node("VectorLinear", [*inputs, bias], **attributes(format, n, k))
+    x, packed = (torch.from_numpy(value) for value in inputs[:2])
+    bias64 = torch.from_numpy(bias).double()
+    expected = cpu_vector_linear(x.double(), packed, bias64, n, k, str(format))
     # Sums of up to 576 float32 terms of size 1.
     np.testing.assert_allclose(y, expected.numpy(), rtol=0, atol=1e-4)
 
 
-def test_products_are_the_same_for_every_number_of_threads(make_session) -> None:
-    format, codes, scale = make("higgs2x64-g64-unturned", 300, 576)
-    x = np.random.default_rng(0).standard_normal((40, 576)).astype(np.float32)
-    inputs = [x, pack_rows(codes, scale, format).numpy(), np.array(format.vectors, np.float32)]
-    one, two = (
-        make_session("VectorLinear", inputs, threads=threads, **attributes(format, 300, 576)).run(
-            None, {f"x{i}": value for i, value in enumerate(inputs)}
-        )[0]
-        for threads in (1, 2)
-    )
-    np.testing.assert_array_equal(one, two)
+def test_products_are_the_same_for_every_number_of_threads(assert_same_on_two_threads) -> None:
+    n, k = 300, 576
+    inputs, format = node_inputs("higgs2x64-g64-unturned", n, drawn(40, k))
+    assert_same_on_two_threads("VectorLinear", inputs, **attributes(format, n, k))
 
 
 @pytest.mark.parametrize(
@@ -101,11 +98,6 @@ def test_products_are_the_same_for_every_number_of_threads(make_session) -> None
     ],
 )
 def test_what_does_not_fit_is_refused(run_node, changed: dict[str, int], message: str) -> None:
-    format, codes, scale = make("higgs4x256-g64-unturned", 8, 32)
-    inputs = [
-        np.zeros((2, 32), np.float32),
-        pack_rows(codes, scale, format).numpy(),
-        np.array(format.vectors, np.float32),
-    ]
+    inputs, format = node_inputs("higgs4x256-g64-unturned", 8, drawn(2, 32))
     with pytest.raises(Exception, match=f"the_node.*({message})"):
         run_node("VectorLinear", inputs, **{**attributes(format, 8, 32), **changed})

@@ -2,7 +2,7 @@
 #ifndef QCOMPILE_CPU_OPS_PACKED_WEIGHT_H_
 #define QCOMPILE_CPU_OPS_PACKED_WEIGHT_H_
 
-#include "operator.h"
+#include "linear_inputs.h"
 
 namespace qcompile::cpu {
 
@@ -34,13 +34,10 @@ inline int FixedBits(Coding coding) {
 inline PackedLayout ReadLayout(const Attributes& attributes, const char* size = "N",
                                const std::string& prefix = "") {
   const auto read = [&](const char* name) { return attributes.Int((prefix + name).c_str()); };
-  constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
+  const WeightSize shape = ReadSize(attributes, size, prefix);
   PackedLayout layout;
-  layout.n = read(size);
-  layout.k = read("K");
-  Require(layout.n > 0 && layout.k > 0 && layout.n < kMostElements && layout.k < kMostElements &&
-              layout.n <= kMostElements / layout.k,
-          size, " = ", layout.n, " and K = ", layout.k, " are no size of a weight");
+  layout.n = shape.n;
+  layout.k = shape.k;
   const int64_t bits = read("bits");
   Require(bits >= 1 && bits <= 8, "bits = ", bits, " is not supported; use 1 to 8");
   layout.bits = static_cast<int>(bits);
@@ -67,11 +64,9 @@ inline PackedLayout ReadLayout(const Attributes& attributes, const char* size = 
 
 inline const uint8_t* CheckedWeight(const Tensor<const uint8_t>& weight,
                                     const PackedLayout& layout) {
-  Require(weight.shape.rank == 1 && weight.shape[0] == layout.total_bytes(),
-          "the packed weight has shape ", weight.shape, " instead of [", layout.total_bytes(),
-          "], the bytes of N = ", layout.n, ", K = ", layout.k, " at ", layout.bits,
-          " bits in groups of ", layout.group_size);
-  return weight.data;
+  return CheckedBytes(weight, layout.total_bytes(), ", the bytes of N = ", layout.n,
+                      ", K = ", layout.k, " at ", layout.bits, " bits in groups of ",
+                      layout.group_size);
 }
 
 }  // namespace qcompile::cpu

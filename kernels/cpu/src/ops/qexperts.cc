@@ -3,8 +3,9 @@
 //   y[t] = sum over c of weight[t, c] * (down_e . h(up_e . x[t] + up_bias_e) + down_bias_e),
 //   e = index[t, c]
 //
-// The rows of an expert are gathered, and go through its two products together. Experts that no
-// row is routed to are not read; numbers that name no expert add nothing.
+// The rows of an expert are gathered, and go through its two products together. With int8
+// activations both products round what they read. Experts that no row is routed to are not read;
+// numbers that name no expert add nothing.
 #include <algorithm>
 #include <cstring>
 
@@ -125,11 +126,16 @@ class QExperts : public Operator {
         up_(ReadLayout(attributes, "N", "up_")),
         down_(ReadLayout(attributes, "N", "down_")),
         gate_(attributes),
+        act_(ReadActivationFormat(attributes)),
         kernels_(kernels) {
     constexpr int64_t kMostExperts = int64_t{1} << 20;
     Require(count_ > 0 && count_ < kMostExperts, "count = ", count_, " is no number of experts");
     Require(down_.n == up_.k && down_.k == gate_.Inner(up_.n), "matrices of ", up_.n, " x ", up_.k,
             " and ", down_.n, " x ", down_.k, " do not follow one another");
+    Require(act_ != ActivationFormat::kInt8Static && act_ != ActivationFormat::kUint8Static,
+            "experts have no static activations");
+    RequireProduct(up_, act_);
+    RequireProduct(down_, act_);
   }
 
   void Compute(const Context& context) const override {
@@ -153,7 +159,7 @@ class QExperts : public Operator {
     float* hidden = rows + most * up_.k;
     float* inner = hidden + most * up_.n;
     float* made = inner + most * down_.k;
-    const LinearProduct product(context, kernels_, ActivationFormat::kFloat);
+    const LinearProduct product(context, kernels_, act_);
     routes.ForEach([&](int64_t expert, const Choice* choices, int64_t count) {
       for (int64_t i = 0; i < count; ++i) {
         const float* from = x.data + choices[i].row * up_.k;
@@ -211,6 +217,7 @@ class QExperts : public Operator {
   const PackedLayout up_;
   const PackedLayout down_;
   const Gate gate_;
+  const ActivationFormat act_;
   const KernelTable& kernels_;
 };
 

@@ -18,15 +18,11 @@ class QLinear : public Operator {
 
   void Compute(const Context& context) const override {
     const auto x = context.Input<float>(0);
-    Require(x.shape.rank >= 1 && x.shape[-1] == layout_.k, "x has shape ", x.shape,
-            ", but K = ", layout_.k);
+    const Shape shape = OutputShape(x.shape, layout_.n, layout_.k);
     const auto weight = context.Input<uint8_t>(1);
     const auto bias = context.Input<float>(2);
     const auto residual = context.Input<float>(3);
-    Shape shape = x.shape;
-    shape.dims[shape.rank - 1] = layout_.n;
-    Require(!bias || (bias.shape.rank == 1 && bias.shape[0] == layout_.n), "bias has shape ",
-            bias.shape, " instead of [", layout_.n, "]");
+    RequireVector("bias", bias, layout_.n);
     Require(!residual || residual.shape == shape, "residual has shape ", residual.shape,
             ", but the output has ", shape);
     LinearInput input;

@@ -36,12 +36,10 @@ class SharedInput {
 
   LinearInput Read(const Context& context, int64_t k, int64_t layers, Shape* shape) const {
     const auto x = context.Input<float>(kX);
-    Require(x.shape.rank >= 1 && x.shape[-1] == k, "x has shape ", x.shape, ", but K = ", k);
+    *shape = OutputShape(x.shape, k, k);
     const auto norm_weight = context.Input<float>(kNormWeight);
     Require(!norm_weight || normed_, "norm_weight is given, but normed is 0");
-    Require(!norm_weight || (norm_weight.shape.rank == 1 && norm_weight.shape[0] == k),
-            "norm_weight has shape ", norm_weight.shape, " instead of [", k, "]");
-    *shape = x.shape;
+    RequireVector("norm_weight", norm_weight, k);
     const StaticGrid grid = ReadGrid(context, GridBehind(layers), format_);
     return {x.data, x.shape.Count() / k, normed_, norm_weight.data, epsilon_, grid};
   }
@@ -51,8 +49,7 @@ class SharedInput {
     const auto weight = context.Input<uint8_t>(at);
     const auto bias = context.Input<float>(at + 1);
     Require(bool{weight}, "weight ", static_cast<int64_t>(index), " is missing");
-    Require(!bias || (bias.shape.rank == 1 && bias.shape[0] == layout.n), "bias has shape ",
-            bias.shape, " instead of [", layout.n, "]");
+    RequireVector("bias", bias, layout.n);
     return {&layout, StreamedWeight(weight, layout, pages_[index]), bias.data, nullptr, nullptr};
   }
 

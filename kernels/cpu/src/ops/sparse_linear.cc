@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "half.h"
-#include "operator.h"
+#include "linear_inputs.h"
 
 namespace qcompile::cpu {
 namespace {
@@ -38,11 +38,8 @@ struct SparseRows {
 };
 
 SparseRows ReadRows(const Attributes& attributes) {
-  constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
-  SparseRows rows = {attributes.Int("N"), attributes.Int("K"), attributes.Int("count")};
-  Require(rows.n > 0 && rows.k > 0 && rows.n < kMostElements && rows.k < kMostElements &&
-              rows.n <= kMostElements / rows.k,
-          "N = ", rows.n, " and K = ", rows.k, " are no size of a weight");
+  const WeightSize size = ReadSize(attributes);
+  const SparseRows rows = {size.n, size.k, attributes.Int("count")};
   Require(rows.count > 0 && rows.count <= rows.k, "count = ", rows.count, " is none of 1 to ",
           rows.k);
   return rows;
@@ -55,18 +52,12 @@ class SparseLinear : public Operator {
 
   void Compute(const Context& context) const override {
     const auto x = context.Input<float>(0);
-    const auto weight = context.Input<uint8_t>(1);
+    const Shape shape = OutputShape(x.shape, rows_.n, rows_.k);
+    const uint8_t* weight = CheckedBytes(context.Input<uint8_t>(1), rows_.total_bytes());
     const auto addend = context.Input<float>(2);
-    Require(x.shape.rank >= 1 && x.shape[-1] == rows_.k, "x has shape ", x.shape,
-            ", and the weight has K = ", rows_.k);
-    Require(weight.shape.rank == 1 && weight.shape[0] == rows_.total_bytes(),
-            "the packed weight has shape ", weight.shape, " instead of [", rows_.total_bytes(),
-            "]");
-    Shape shape = x.shape;
-    shape.dims[shape.rank - 1] = rows_.n;
     Require(addend.shape == shape, "what is added to has shape ", addend.shape, " instead of ",
             shape);
-    CheckColumns(weight.data);
+    CheckColumns(weight);
     const int64_t m = x.shape.Count() / rows_.k;
     float* y = context.Output(0, shape).data;
     const int64_t blocks = (rows_.n + kRowsAtATime - 1) / kRowsAtATime;
@@ -75,12 +66,12 @@ class SparseLinear : public Operator {
       const int64_t end = std::min(rows_.n, (block + 1) * kRowsAtATime);
       for (int64_t row = block * kRowsAtATime; row < end; ++row) {
         const int64_t start = row * rows_.count;
-        for (int64_t i = 0; i < rows_.count; ++i) values[i] = rows_.Value(weight.data, start + i);
+        for (int64_t i = 0; i < rows_.count; ++i) values[i] = rows_.Value(weight, start + i);
         for (int64_t token = 0; token < m; ++token) {
           const float* inputs = x.data + token * rows_.k;
           float sum = addend.data[token * rows_.n + row];
           for (int64_t i = 0; i < rows_.count; ++i) {
-            sum += values[i] * inputs[rows_.Column(weight.data, start + i)];
+            sum += values[i] * inputs[rows_.Column(weight, start + i)];
           }
           y[token * rows_.n + row] = sum;
         }

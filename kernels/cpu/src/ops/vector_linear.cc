@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "half.h"
-#include "operator.h"
+#include "linear_inputs.h"
 
 namespace qcompile::cpu {
 namespace {
@@ -68,13 +68,10 @@ float Dot(const float* a, const float* b, int64_t count) {
 }
 
 VectorRows ReadRows(const Attributes& attributes) {
-  constexpr int64_t kMostElements = int64_t{1} << 40;  // keeps every size below within int64
+  const WeightSize size = ReadSize(attributes);
   VectorRows rows;
-  rows.n = attributes.Int("N");
-  rows.k = attributes.Int("K");
-  Require(rows.n > 0 && rows.k > 0 && rows.n < kMostElements && rows.k < kMostElements &&
-              rows.n <= kMostElements / rows.k,
-          "N = ", rows.n, " and K = ", rows.k, " are no size of a weight");
+  rows.n = size.n;
+  rows.k = size.k;
   const int64_t bits = attributes.Int("bits");
   Require(bits >= 1 && bits <= 8, "bits = ", bits, " is not supported; use 1 to 8");
   rows.bits = static_cast<int>(bits);
@@ -99,22 +96,15 @@ class VectorLinear : public Operator {
 
   void Compute(const Context& context) const override {
     const auto x = context.Input<float>(0);
-    const auto weight = context.Input<uint8_t>(1);
+    const Shape shape = OutputShape(x.shape, rows_.n, rows_.k);
+    const uint8_t* weight = CheckedBytes(context.Input<uint8_t>(1), rows_.total_bytes());
     const auto codebook = context.Input<float>(2);
     const auto bias = context.Input<float>(3);
-    Require(x.shape.rank >= 1 && x.shape[-1] == rows_.k, "x has shape ", x.shape,
-            ", and the weight has K = ", rows_.k);
-    Require(weight.shape.rank == 1 && weight.shape[0] == rows_.total_bytes(),
-            "the packed weight has shape ", weight.shape, " instead of [", rows_.total_bytes(),
-            "]");
     Require(codebook.shape.rank == 2 && codebook.shape[0] == int64_t{1} << rows_.bits &&
                 codebook.shape[1] == rows_.dimension,
             "the codebook has shape ", codebook.shape, " instead of [", int64_t{1} << rows_.bits,
             ", ", rows_.dimension, "]");
-    Require(!bias || (bias.shape.rank == 1 && bias.shape[0] == rows_.n), "bias has shape ",
-            bias.shape, " instead of [", rows_.n, "]");
-    Shape shape = x.shape;
-    shape.dims[shape.rank - 1] = rows_.n;
+    RequireVector("bias", bias, rows_.n);
     const int64_t m = x.shape.Count() / rows_.k;
     float* y = context.Output(0, shape).data;
     const int64_t blocks = (rows_.n + kRowsAtATime - 1) / kRowsAtATime;
@@ -122,7 +112,7 @@ class VectorLinear : public Operator {
       float* row = ScratchFloats(ScratchSlot::kWorker, rows_.k);
       const int64_t end = std::min(rows_.n, (block + 1) * kRowsAtATime);
       for (int64_t column = block * kRowsAtATime; column < end; ++column) {
-        Decode(weight.data + column * rows_.row_bytes(), codebook.data, row);
+        Decode(weight + column * rows_.row_bytes(), codebook.data, row);
         const float start = bias ? bias.data[column] : 0.0f;
         for (int64_t i = 0; i < m; ++i) {
           y[i * rows_.n + column] = Dot(x.data + i * rows_.k, row, rows_.k) + start;
