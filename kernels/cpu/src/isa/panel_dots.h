@@ -10,8 +10,13 @@
 namespace qcompile::cpu {
 namespace {
 
+template <int kByteBits>
 struct ByteDots : CentredBytes {
   static constexpr int64_t kActivationBytes = kQuad;
+
+  static bool HasShifts(const PackedLayout& layout) {
+    return kByteBits == 8 && CentredBytes::HasShifts(layout);
+  }
 
   static void PackFour(const int8_t* codes, uint8_t* to) {
     uint32_t four;
@@ -31,7 +36,11 @@ struct ByteDots : CentredBytes {
 
 template <int kByteBits>
 struct PanelDotsFor {
-  using Type = ByteDots;
+  using Type = ByteDots<7>;  // for all that are shorter than 8
+};
+template <>
+struct PanelDotsFor<8> {
+  using Type = ByteDots<8>;
 };
 
 }  // namespace
