@@ -9,9 +9,15 @@ quiet machine would take.
     python benchmarks/cpu_decode.py ARTIFACT --threads 1 2
     python benchmarks/cpu_decode.py ARTIFACT --gguf MODEL.gguf --peer-python PEERS/bin/python
 
-`--gguf` adds llama.cpp (package llama-cpp-python of the interpreter `--peer-python`) over the same
-model in Q4_0, which llama.cpp itself makes from the file. `smollm2.py` has transformers, and
-ONNX Runtime's `MatMulNBits` in the artifact's own graph.
+Peers run in the interpreter `--peer-python`, which needs their package and numpy only:
+
+- `--gguf FILE`: llama.cpp (llama-cpp-python) over the same model in Q4_0, which llama.cpp itself
+  makes from the file.
+- `--genai FOLDER`: onnxruntime-genai over what its own builder made of the model (``builder.py -i
+  MODEL -o FOLDER -p int4 -e cpu`` among its ``models``).
+- `--onnx FOLDER`: OpenVINO over an artifact of the `onnx` target, whose caches become its states.
+
+`smollm2.py` has transformers, and ONNX Runtime's `MatMulNBits` in the artifact's own graph.
 """
 
 from __future__ import annotations
@@ -31,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from line_process import LineProcess
 
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -97,9 +104,66 @@ class LlamaCpp(Engine):
         return int(np.ctypeslib.as_array(logits, (self._vocabulary,)).argmax())
 
 
+class OnnxRuntimeGenai(Engine):
+    def __init__(self, model: Path, threads: int) -> None:
+        import onnxruntime_genai  # a peer, not a dependency
+
+        self._api: Any = onnxruntime_genai
+        config = onnxruntime_genai.Config(str(model))
+        sessions = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": sessions}}))
+        self._model = onnxruntime_genai.Model(config)
+
+    def restart(self) -> None:
+        options = self._api.GeneratorParams(self._model)
+        options.set_search_options(max_length=CONTEXT)
+        self._generator: Any = self._api.Generator(self._model, options)
+
+    def feed(self, tokens: list[int]) -> int:
+        self._generator.append_tokens(np.array(tokens, np.int32))
+        logits = self._generator.get_logits()
+        return int(logits.reshape(-1, logits.shape[-1])[-1].argmax())
+
+
+class OpenVino(Engine):
+    def __init__(self, model: Path, threads: int) -> None:
+        import openvino  # a peer, not a dependency
+        from openvino._offline_transformations import apply_make_stateful_transformation
+
+        core = openvino.Core()
+        graph = core.read_model(model / "model.onnx")
+        shapes, states = {}, {}
+        for port in graph.inputs:
+            name = port.any_name
+            shapes[name] = [1, *list(port.partial_shape)[1:]]
+            if name.startswith("past_key_values."):
+                states[name] = name.replace("past_key_values", "present")
+        graph.reshape(shapes)  # a state of any batch size would begin with none
+        apply_make_stateful_transformation(graph, states)
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        self._request = core.compile_model(graph, "CPU", settings).create_infer_request()
+
+    def restart(self) -> None:
+        self._request.reset_state()
+        self._past = 0
+
+    def feed(self, tokens: list[int]) -> int:
+        begin, end = self._past, self._past + len(tokens)
+        inputs = {
+            "input_ids": np.array([tokens]),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(begin, end)[None],
+        }
+        self._request.infer(inputs)
+        self._past = end
+        return int(self._request.get_tensor("logits").data[0, -1].argmax())
+
+
 ENGINES: dict[str, Callable[[Path, int], Engine]] = {
     "qcompile": QCompile,
     "llama.cpp Q4_0": LlamaCpp,
+    "onnxruntime-genai": OnnxRuntimeGenai,
+    "OpenVINO": OpenVino,
 }
 
 
@@ -146,31 +210,10 @@ def serve(name: str, model: Path, threads: int) -> None:
         print(json.dumps(asdict(measure(engine))), flush=True)
 
 
-class Process:
+def start(python: str, name: str, model: Path, threads: int) -> LineProcess:
     """An engine in a process of its own."""
-
-    def __init__(self, python: str, name: str, model: Path, threads: int) -> None:
-        command = [python, __file__, str(model), "--serve", name, "--threads", str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._read("ready")
-
-    def _read(self, expected: str = "{") -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(expected):
-                return line
-        raise SystemExit("an engine failed; its message stands above")
-
-    def round(self) -> Round:
-        assert self._process.stdin is not None
-        self._process.stdin.write("round\n")
-        self._process.stdin.flush()
-        return Round(**json.loads(self._read()))
-
-    def close(self) -> None:
-        self._process.communicate()
+    command = [python, __file__, str(model), "--serve", name, "--threads", str(threads)]
+    return LineProcess(command)
 
 
 def make_q4_0(source: Path, target: Path, python: str) -> Path:
@@ -189,13 +232,13 @@ def make_q4_0(source: Path, target: Path, python: str) -> Path:
     return target
 
 
-def compare(processes: dict[str, Process], rounds: int) -> dict[str, list[Round]]:
+def compare(processes: dict[str, LineProcess], rounds: int) -> dict[str, list[Round]]:
     results: dict[str, list[Round]] = {name: [] for name in processes}
     names = list(processes)
     for turn in range(rounds):
         first = turn % len(names)  # so that no engine always follows the same other
         for name in names[first:] + names[:first]:
-            results[name].append(processes[name].round())
+            results[name].append(Round(**json.loads(processes[name].ask("round"))))
     return results
 
 
@@ -214,8 +257,10 @@ def print_table(threads: int, results: dict[str, list[Round]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path, help="a compiled language model")
-    parser.add_argument("--gguf", type=Path, help="the same model for the peers, at any precision")
-    parser.add_argument("--peer-python", default=sys.executable, help="has llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, help="the same model for llama.cpp, at any precision")
+    parser.add_argument("--genai", type=Path, help="the same model for onnxruntime-genai")
+    parser.add_argument("--onnx", type=Path, help="the same model for OpenVINO")
+    parser.add_argument("--peer-python", default=sys.executable, help="has the peers' packages")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="print every round as JSON")
@@ -229,10 +274,14 @@ def main() -> None:
         if arguments.gguf is not None:
             q4_0 = make_q4_0(arguments.gguf, Path(scratch) / "q4_0.gguf", arguments.peer_python)
             models["llama.cpp Q4_0"] = (arguments.peer_python, q4_0)
+        if arguments.genai is not None:
+            models["onnxruntime-genai"] = (arguments.peer_python, arguments.genai)
+        if arguments.onnx is not None:
+            models["OpenVINO"] = (arguments.peer_python, arguments.onnx)
         everything = {}
         for threads in arguments.threads:
             processes = {
-                name: Process(python, name, model, threads)
+                name: start(python, name, model, threads)
                 for name, (python, model) in models.items()
             }
             results = compare(processes, arguments.rounds)
