@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -107,7 +108,10 @@ class OpenVinoChain:
         return float(seconds[self._clock]) / self.layers
 
 
-ENGINES = {"onnxruntime": OnnxRuntimeChain, "openvino": OpenVinoChain}
+ENGINES: dict[str, Callable[[str, Setting], Chain]] = {
+    "onnxruntime": OnnxRuntimeChain,
+    "openvino": OpenVinoChain,
+}
 
 
 def runnable_variants(peer_python: str) -> list[str]:

@@ -13,13 +13,19 @@ from tests.kernels.cpu.conftest import OTHER_LIBRARY, REPOSITORY
 
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 HERE = Path(__file__).parent
-# Every one of them forces one instruction set after the other.
+# Most of them force one instruction set after the other.
 INSTRUMENTED = (
     "test_lookup_codes.py",
     "test_qembedding.py",
+    "test_vector_linear.py",
+    "test_sparse_linear.py",
     "test_qlinears.py",
     "test_linear_panels.py",
     "test_hadamard.py",
+    "test_qlinear.py::test_wide_and_partial_blocks_match_oracle",
+    "test_attention.py::test_grouped_heads_match_oracle",
+    "test_cached_attention.py::test_head_sizes_match_oracle",
+    "test_cached_attention.py::test_groups_match_oracle",
 )
 
 
@@ -51,19 +57,7 @@ def test_products_touch_no_memory_but_their_own(tmp_path: Path) -> None:
         # Python and ONNX Runtime leave memory to the system.
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
     }
-    tests = [
-        str(HERE / name)
-        for name in ("test_lookup_codes.py", "test_qembedding.py", "test_vector_linear.py")
-    ]
-    tests.append(f"{HERE / 'test_qlinear.py'}::test_wide_and_partial_blocks_match_oracle")
-    tests += [
-        f"{HERE / file}::{test}"
-        for file, test in (
-            ("test_attention.py", "test_grouped_heads_match_oracle"),
-            ("test_cached_attention.py", "test_head_sizes_match_oracle"),
-            ("test_cached_attention.py", "test_groups_match_oracle"),
-        )
-    ]
+    tests = [str(HERE / name) for name in INSTRUMENTED]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
