@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-Attribute = bool | int | float | str | Sequence[int] | Sequence[float]
+Attribute = bool | int | float | str | ir.Graph | Sequence[int] | Sequence[float]
 """What an attribute of an ONNX operator may be; None leaves the attribute out."""
 
 
@@ -42,6 +42,8 @@ def to_attribute(name: str, value: Attribute) -> ir.Attr:
         return ir.AttrFloat32(name, value)
     if isinstance(value, str):
         return ir.AttrString(name, value)
+    if isinstance(value, ir.Graph):
+        return ir.AttrGraph(name, value)
     if any(isinstance(item, float) for item in value):
         return ir.AttrFloat32s(name, [float(item) for item in value])
     return ir.AttrInt64s(name, [int(item) for item in value])

@@ -21,6 +21,7 @@ from qcompile.backends.onnx.dialect_cache import CACHE
 from qcompile.backends.onnx.dialect_experts import EXPERTS
 from qcompile.backends.onnx.dialect_float import FLOATS
 from qcompile.backends.onnx.dialect_lookup import LOOKUP
+from qcompile.backends.onnx.dialect_recurrence import RECURRENCE
 from qcompile.backends.onnx.dialect_sparse import SPARSE
 from qcompile.backends.onnx.ports import DimensionNames
 from qcompile.backends.onnx.sizes import PYTHON
@@ -47,7 +48,7 @@ _CUSTOM_OPSET = 1
 _LISTED = 5
 
 STANDARD: Mapping[Any, Translation] = MappingProxyType(
-    {**PYTHON, **ATEN, **DIALECT, **CACHE, **EXPERTS, **LOOKUP, **FLOATS, **SPARSE}
+    {**PYTHON, **ATEN, **DIALECT, **CACHE, **EXPERTS, **LOOKUP, **FLOATS, **SPARSE, **RECURRENCE}
 )
 """Every call target that the standard operators can express."""
 

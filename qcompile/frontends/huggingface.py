@@ -29,6 +29,7 @@ from qcompile.frontends.config import (
     load_config,
 )
 from qcompile.frontends.quantized import dequantized_source
+from qcompile.frontends.sequence_kernels import LastState, whole_sequences
 from qcompile.frontends.symbolic_trace import SymbolicTracer, Trace
 from qcompile.frontends.torch_export import QUIETABLE, evaluation_mode
 from qcompile.frontends.traced_cache import (
@@ -239,7 +240,13 @@ def _trace_with_cache(
     def call(**tensors: Tensor) -> list[Tensor]:
         ids, mask = tensors[Role.INPUT_IDS.value], tensors[Role.ATTENTION_MASK.value]
         traced = _cache(plan, ids, mask.shape[1] - ids.shape[1])
-        output = model(**tensors, **{argument: traced.cache}, use_cache=True)
+        if plan is not None and not plan.grows:
+            # Nobody looks back at single tokens: the mask is of the new ones.
+            tensors[Role.ATTENTION_MASK.value] = mask[:, -ids.shape[1] :]
+        states = LastState()
+        states.watch(traced.cache)
+        with whole_sequences(model, states):
+            output = model(**tensors, **{argument: traced.cache}, use_cache=True)
         slots[:] = traced.slots
         given = [traced.given[slot] for slot in slots]
         return [output.logits, *map(traced.grown, slots), *given]
@@ -268,7 +275,8 @@ def _trace_plain(
     options = {"use_cache": False} if _accepts(model, "use_cache") else {}
 
     def call(**tensors: Tensor) -> list[Tensor]:
-        return list(_tensors_of(model(**tensors, **options)))
+        with whole_sequences(model, LastState()):
+            return list(_tensors_of(model(**tensors, **options)))
 
     inputs = dict.fromkeys(arguments, ("batch", "query"))
     try:

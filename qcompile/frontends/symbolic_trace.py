@@ -133,7 +133,8 @@ class SymbolicTracer:
             expression = self.environment.replace(expression_of(size))
             if not expression.free_symbols:
                 raise ModelError(
-                    f"the model works for {name} = {expression} only",
+                    f"the model works for {name} = {expression} only, as one does that loops over "
+                    "its text in Python",
                     remedy="capture it as a module: qcompile.capture(model, example_inputs=...)",
                 )
 

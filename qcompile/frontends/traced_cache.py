@@ -117,6 +117,11 @@ class CachePlan:
     slots: tuple[Slot, ...]
     filled: Any
 
+    @property
+    def grows(self) -> bool:
+        """Whether it holds something for each token, beside states or alone."""
+        return any(slot.grows for slot in self.slots)
+
     def start(self, ids: Tensor, past: Any) -> TracedCache:
         """A cache that stands at `past` tokens per row, for one call of the model.
 

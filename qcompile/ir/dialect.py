@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import infer_schema
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from qcompile.kernels.add_sparse.reference import add_sparse as _add_sparse
 from qcompile.kernels.attention.reference import attention as _attention
+from qcompile.kernels.causal_conv.reference import causal_conv as _causal_conv
 from qcompile.kernels.dequantize.reference import dequantize as _dequantize
 from qcompile.kernels.experts.reference import expert_hidden as _expert_hidden
 from qcompile.kernels.experts.reference import expert_output as _expert_output
@@ -29,6 +30,7 @@ from qcompile.kernels.kv_append.reference import kv_decode as _kv_decode
 from qcompile.kernels.kv_append.reference import kv_encode as _kv_encode
 from qcompile.kernels.kv_append.rows import row_bytes
 from qcompile.kernels.layer_norm.reference import layer_norm as _layer_norm
+from qcompile.kernels.linear_recurrence.reference import linear_recurrence as _linear_recurrence
 from qcompile.kernels.lookup.reference import lookup as _lookup
 from qcompile.kernels.lookup_vectors.codebooks import codebook as _codebook
 from qcompile.kernels.lookup_vectors.reference import lookup_vectors as _lookup_vectors
@@ -56,11 +58,12 @@ def define(
     """Registers an operator of the dialect.
 
     Args:
-        reference: The oracle: tensors and plain values in, one new tensor out; annotated, without
-            branches on sizes, and differentiable by autograd where it is differentiable at all.
+        reference: The oracle: tensors and plain values in, new tensors out, mostly one; annotated,
+            without branches on sizes, and differentiable by autograd where it is differentiable at
+            all.
         name: The operator's name; the function's own unless given.
         shape: A cheaper function with the same signature that returns an empty result.
-        differentiable: Whether to derive a backward; not for operators with several results.
+        differentiable: Whether to derive a backward.
 
     Returns:
         The overload ``torch.ops.qc.<name>.default``.
@@ -81,10 +84,10 @@ def is_dialect_op(target: object) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
 
 
-def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> None:
+def _register_derivative(qualified: str, reference: Callable[..., Any]) -> None:
     """The backward of an operator re-runs its reference under autograd."""
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         del output
         flat, ctx.tree = tree_flatten(list(inputs))
         ctx.tensor_positions = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
@@ -92,17 +95,25 @@ def _register_derivative(qualified: str, reference: Callable[..., Tensor]) -> No
         ctx.wanted = [i for i in ctx.tensor_positions if flat[i].requires_grad]
         ctx.save_for_backward(*(flat[i] for i in ctx.tensor_positions))
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         flat = list(ctx.plain)
         for position, saved in zip(ctx.tensor_positions, ctx.saved_tensors, strict=True):
             flat[position] = saved.detach().requires_grad_(saved.is_floating_point())
         arguments = tree_unflatten(flat, ctx.tree)
         with torch.enable_grad():
-            output = reference(*arguments)
+            outputs = tree_leaves(reference(*arguments))
         gradients: list[Tensor | None] = [None] * len(flat)
-        if output.requires_grad:
+        reached = [
+            (output, grad)
+            for output, grad in zip(outputs, grads, strict=True)
+            if output.requires_grad and grad is not None
+        ]
+        if reached:
             found = torch.autograd.grad(
-                output, [flat[i] for i in ctx.wanted], grad, allow_unused=True
+                [output for output, _ in reached],
+                [flat[i] for i in ctx.wanted],
+                [grad for _, grad in reached],
+                allow_unused=True,
             )
             for position, gradient in zip(ctx.wanted, found, strict=True):
                 gradients[position] = gradient
@@ -149,6 +160,13 @@ def _expert_output_shape(
 ) -> Tensor:
     del weight, down_bias
     return hidden.new_empty((index.shape[0], down.shape[1]))
+
+
+def _recurrence_shape(
+    query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, rate: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    del query, key, log_decay, rate
+    return torch.empty_like(value), torch.empty_like(state)
 
 
 def _append_shape(past: Tensor, new: Tensor, format: str = "float", group_size: int = 0) -> Tensor:
@@ -214,6 +232,8 @@ gated_act = define(_gated_act, shape=_like_first)
 experts = define(_experts, shape=_like_first)
 expert_hidden = define(_expert_hidden, shape=_expert_hidden_shape)
 expert_output = define(_expert_output, shape=_expert_output_shape)
+causal_conv = define(_causal_conv, shape=_like_first)
+linear_recurrence = define(_linear_recurrence, shape=_recurrence_shape)
 kv_append = define(_kv_append, shape=_append_shape)
 kv_encode = define(_kv_encode, shape=_rows_shape)
 kv_decode = define(_kv_decode, shape=_row_values_shape)

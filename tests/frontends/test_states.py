@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from tests.frontends.tiny_models import (
     STATES,
     TOLERANCE,
+    VOCABULARY,
     decoded_logits,
     expected_logits,
     raised_tiny_model,
@@ -19,12 +21,16 @@ from tests.frontends.tiny_models import (
 from torch import Tensor, nn
 
 from qcompile.errors import ModelError
+from qcompile.frontends.huggingface import capture_model
 from qcompile.frontends.traced_cache import plan_cache
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
 
-FAST = "lfm2"
-NAMES = [FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in STATES if name != FAST)]
+FAST = ("lfm2", "mamba2")
+NAMES = [
+    *FAST,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in STATES if name not in FAST),
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +76,7 @@ def greedy(program: Program, ids: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 def test_states_have_stable_names_and_start_as_zeros() -> None:
-    program = raised_tiny_model(FAST)[1]
+    program = raised_tiny_model("lfm2")[1]
 
     names = {port.role: port.name for port in program.signature.inputs if port.layer == 0}
     assert names == {Role.PAST_STATE: "past_key_values.0.conv_states.0"}
@@ -112,3 +118,34 @@ def test_cache_that_cannot_be_followed_is_refused_with_its_reason(make: Any, rea
     model: Any = Keeps(make)
     with pytest.raises(ModelError, match=reason):
         plan_cache(model)
+
+
+def test_states_alone_do_not_tell_the_past() -> None:
+    program = raised_tiny_model("mamba2")[1]
+    token = torch.ones(1, 1, dtype=torch.int64)
+    cache = program(token).past_key_values
+
+    assert not program.signature.has(Role.PAST_KEY)
+    with pytest.raises(ModelError, match="pass attention_mask"):
+        program(token, past_key_values=cache)
+
+
+def test_functions_of_transformers_are_put_back_after_the_trace() -> None:
+    model, _ = raised_tiny_model("lfm2")
+    namespace = vars(sys.modules[type(model).__module__])
+
+    assert namespace["causal_conv1d_fn"].__module__ == type(model).__module__
+
+
+def test_loop_over_the_text_is_named_as_the_reason() -> None:
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        lru_width=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        block_types=["recurrent"],
+    )
+    with pytest.raises(ModelError, match="loops over its text in Python"):
+        capture_model(transformers.RecurrentGemmaForCausalLM(config))

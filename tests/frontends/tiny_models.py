@@ -43,6 +43,22 @@ _LATENT = {
     "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
 }
+_DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4}
+_MAMBA_LAYERS = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
+_MAMBA2_LAYERS = {
+    **_MAMBA_LAYERS,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_chunk_size": 4,
+}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 _FALCON = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 
@@ -322,26 +338,79 @@ STATES: Mapping[str, tuple[str, dict[str, Any]]] = {
             num_dense_layers=1,
         ),
     ),
+    "qwen3-next": (
+        "qwen3_next",
+        _llama_like(**_DELTA, **_QWEN_MOE, head_dim=8, shared_expert_intermediate_size=24),
+    ),
+    "qwen3.5": ("qwen3_5_text", _llama_like(**_DELTA, head_dim=8)),
+    "olmo-hybrid": ("olmo_hybrid", _llama_like(**_DELTA)),
+    "kimi-linear": (
+        "kimi_linear",
+        _llama_like(
+            **_LATENT,
+            layer_types=["linear_attention", "full_attention"],
+            linear_head_dim=8,
+            linear_num_heads=4,
+        ),
+    ),
+    "mamba": ("mamba", _MAMBA),
+    "falcon-mamba": ("falcon_mamba", _MAMBA),
+    "jamba": (
+        "jamba",
+        _llama_like(
+            **_MAMBA_LAYERS,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+    ),
+    "mamba2": ("mamba2", {**_MAMBA, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 4}),
+    "bamba": ("bamba", _llama_like(**_MAMBA2_LAYERS, attn_layer_indices=[1])),
+    "granite-moe-hybrid": (
+        "granitemoehybrid",
+        _llama_like(
+            **_MAMBA2_LAYERS,
+            **_MIXTRAL,
+            layer_types=["mamba", "attention"],
+            shared_intermediate_size=24,
+        ),
+    ),
+    "falcon-h1": ("falcon_h1", _llama_like(**_MAMBA2_LAYERS, mamba_d_ssm=64, head_dim=8)),
+    "zamba2": (
+        "zamba2",
+        _llama_like(
+            **{k: v for k, v in _MAMBA2_LAYERS.items() if k != "mamba_n_heads"},
+            n_mamba_heads=8,
+            mamba_headdim=8,
+            mamba_ngroups=2,
+            layers_block_type=["mamba", "hybrid"],
+            num_mem_blocks=1,
+            num_key_value_heads=4,
+        ),
+    ),
+    "nemotron-h": (
+        "nemotron_h",
+        _llama_like(
+            head_dim=8,
+            hybrid_override_pattern="M*-",
+            num_hidden_layers=3,
+            ssm_state_size=8,
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            n_groups=2,
+            chunk_size=4,
+        ),
+    ),
 }
 """Decoders whose caches hold states of fixed size beside or instead of keys and values."""
 
 WITHOUT_CACHE: Mapping[str, tuple[str, dict[str, Any]]] = {
     "minimax": (
         "minimax",
-        _llama_like(**_MIXTRAL, head_dim=8, layer_types=["full_attention"] * 2),
-    ),
-    "qwen3-next": (
-        "qwen3_next",
-        _llama_like(
-            **_QWEN_MOE,
-            head_dim=8,
-            layer_types=["linear_attention", "full_attention"],
-            linear_num_value_heads=4,
-            linear_num_key_heads=2,
-            linear_key_head_dim=8,
-            linear_value_head_dim=8,
-            shared_expert_intermediate_size=24,
-        ),
+        _llama_like(**_MIXTRAL, head_dim=8, layer_types=["linear_attention", "full_attention"]),
     ),
 }
 """Decoders that cannot be followed with what they keep."""

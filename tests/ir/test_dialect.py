@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from qcompile.ir import dialect
 
@@ -19,6 +20,7 @@ def cases() -> dict[str, tuple[torch._ops.OpOverload, tuple[object, ...]]]:
     x, gain = random(B, S, D), random(D)
     q, k, v = random(B, H, S, D), random(B, 2, S, D), random(B, 2, S, 6)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    matrices = random(B, S, 2, D), random(B, S, 2, D), random(B, S, H, 6)
     return {
         "rms_norm": (dialect.rms_norm, (x, gain, 1e-6)),
         "rms_norm core": (dialect.rms_norm, (x, None, 1e-6)),
@@ -36,6 +38,15 @@ def cases() -> dict[str, tuple[torch._ops.OpOverload, tuple[object, ...]]]:
         "act": (dialect.act, (x, "silu")),
         "gated_act": (dialect.gated_act, (x, random(B, S, D), "gelu_tanh")),
         "kv_append": (dialect.kv_append, (k, random(B, 2, 1, D))),
+        "causal_conv": (dialect.causal_conv, (x, random(S, 2), random(S))),
+        "linear_recurrence": (
+            dialect.linear_recurrence,
+            (*matrices, -random(B, S, H, 1).abs(), None, random(B, H, D, 6)),
+        ),
+        "linear_recurrence of a rate, decay by row": (
+            dialect.linear_recurrence,
+            (*matrices, -random(B, S, H, D).abs(), random(B, S, H), random(B, H, D, 6)),
+        ),
     }
 
 
@@ -46,8 +57,9 @@ def test_shape_rule_equals_the_reference(name: str) -> None:
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         found = operator(*fake)
-    assert found.shape == expected.shape
-    assert found.dtype == expected.dtype
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
 
 
 @pytest.mark.parametrize("name", cases())

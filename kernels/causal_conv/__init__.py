@@ -1,0 +1,1 @@
+"""Convolution of each channel with its own past."""
