@@ -123,10 +123,15 @@ def ours_in_format(name: str, act: str) -> MakeLayer:
     return make
 
 
-def matmul_nbits(bits: int, group: int) -> MakeLayer:
-    """ONNX Runtime's weight-only matrix product, with int8 arithmetic (accuracy level 4).
+def matmul_nbits(bits: int, group: int, level: int = 4) -> MakeLayer:
+    """ONNX Runtime's weight-only matrix product.
 
     It takes 2, 4 and 8 bits (1.31); a model with 3 is refused when its session is made.
+
+    Args:
+        bits: Of the codes.
+        group: Weights per scale along K.
+        level: Of accuracy: 4 multiplies with int8 activations; 1, and 0 alike, with float32.
     """
 
     def make(shape: Shape, index: int, source: str, target: str) -> Layer:
@@ -149,7 +154,7 @@ def matmul_nbits(bits: int, group: int) -> MakeLayer:
             K=shape.k,
             bits=bits,
             block_size=group,
-            accuracy_level=4,
+            accuracy_level=level,
         )
         return [node], weights, blocks.nbytes + scale.nbytes
 
@@ -213,6 +218,8 @@ VARIANTS = {
         "MatMulNBits int4 g32": matmul_nbits(4, 32),
         "MatMulNBits int4 g64": matmul_nbits(4, 64),
         "MatMulNBits int4 g128": matmul_nbits(4, 128),
+        "MatMulNBits int4 g32 float": matmul_nbits(4, 32, level=1),
+        "MatMulNBits int4 g128 float": matmul_nbits(4, 128, level=1),
         "MatMulNBits int8 g64": matmul_nbits(8, 64),
         "MatMulInteger int8": matmul_integer(),
     }.items()
