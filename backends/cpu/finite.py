@@ -21,6 +21,8 @@ _LAYERS = (
     dialect.rms_norm,
     dialect.layer_norm,
     dialect.experts,
+    dialect.expert_hidden,
+    dialect.expert_output,
     ops.linear,
     expert_ops.experts,
 )

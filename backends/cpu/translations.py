@@ -158,6 +158,7 @@ def _experts(
     gated: bool,
     limit: float,
     offset: float,
+    act: str,
 ) -> ir.Value:
     layouts = {"up": WeightLayout.parse(up_layout), "down": WeightLayout.parse(down_layout)}
     return b.op(
@@ -179,6 +180,7 @@ def _experts(
         gated=int(gated),
         limit=float(limit),
         offset=float(offset),
+        act=act,
     )
 
 

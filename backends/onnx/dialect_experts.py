@@ -15,9 +15,11 @@ from qcompile.backends.onnx.mixture import (
     COLUMNS,
     ROWS,
     Gate,
+    chosen_hidden,
     mixture,
     side_by_side,
     stack_shape,
+    weighted_output,
 )
 from qcompile.backends.onnx.stored import Placement, StoredCodes, decoded_codes
 from qcompile.backends.onnx.stored_levels import decoded_matrix
@@ -50,6 +52,39 @@ def _experts(
     gate = Gate(kind, gated, limit, offset)
     sizes = stack_shape(b, up)[:2]
     return mixture(b, x, index, weight, columns, up_bias, rows, down_bias, sizes, gate)
+
+
+@EXPERTS.register(dialect.expert_hidden)
+def _expert_hidden(
+    b: Builder,
+    x: ir.Value,
+    index: ir.Value,
+    up: ir.Value,
+    up_bias: ir.Value | None,
+    kind: str,
+    gated: bool,
+    limit: float,
+    offset: float,
+) -> ir.Value:
+    stored = stored_weight(b.node.args[2])
+    columns = side_by_side(b, up, COLUMNS) if stored is None else _columns(b, stored)
+    gate = Gate(kind, gated, limit, offset)
+    return chosen_hidden(b, x, index, columns, up_bias, stack_shape(b, up)[:2], gate)
+
+
+@EXPERTS.register(dialect.expert_output)
+def _expert_output(
+    b: Builder,
+    hidden: ir.Value,
+    index: ir.Value,
+    weight: ir.Value,
+    down: ir.Value,
+    down_bias: ir.Value | None,
+) -> ir.Value:
+    stored = stored_weight(b.node.args[3])
+    rows = side_by_side(b, down, ROWS) if stored is None else _rows(b, stored)
+    count, _, width = stack_shape(b, down)
+    return weighted_output(b, hidden, index, weight, rows, down_bias, (count, width))
 
 
 def _columns(b: Builder, weight: StoredWeight) -> ir.Value:

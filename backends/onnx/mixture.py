@@ -59,16 +59,60 @@ def mixture(
         gate: What stands between.
     """
     count, width = sizes
-    hidden = b.op("MatMul", x, up)
-    hidden = b.op("Reshape", hidden, [-1, count, width])
-    if up_bias is not None:
-        hidden = b.op("Add", hidden, up_bias)
-    hidden = _middle(b, hidden, gate)
+    hidden = _hidden(b, x, up, up_bias, sizes, gate)
     routed = _routing(b, index, weight, count)
     hidden = b.op("Mul", hidden, b.op("Unsqueeze", routed, [-1]))
     hidden = b.op("Reshape", hidden, [-1, count * (width // 2 if gate.gated else width)])
     made = b.op("MatMul", hidden, down)
     return made if down_bias is None else b.op("Add", made, b.op("MatMul", routed, down_bias))
+
+
+def chosen_hidden(
+    b: Builder,
+    x: ir.Value,
+    index: ir.Value,
+    up: ir.Value,
+    up_bias: ir.Value | None,
+    sizes: tuple[int, int],
+    gate: Gate,
+) -> ir.Value:
+    """The first half of `mixture`, of the chosen experts alone: ``[T, k, F]``, gated ``F / 2``.
+
+    0 stands for a choice that names no expert.
+    """
+    hidden = _hidden(b, x, up, up_bias, sizes, gate)
+    return b.op("MatMul", _choices(b, index, sizes[0], b.dtype), hidden)
+
+
+def weighted_output(
+    b: Builder,
+    hidden: ir.Value,
+    index: ir.Value,
+    weight: ir.Value,
+    down: ir.Value,
+    down_bias: ir.Value | None,
+    sizes: tuple[int, int],
+) -> ir.Value:
+    """The second half of `mixture`.
+
+    Args:
+        b: Where nodes go.
+        hidden: ``[T, k, F]``, of the chosen experts.
+        index: ``[T, k]``.
+        weight: ``[T, k]``.
+        down: ``[E F, D]``.
+        down_bias: ``[E, D]`` or None.
+        sizes: ``E`` and ``F``.
+    """
+    count, width = sizes
+    choices = _choices(b, index, count, b.dtype)
+    shares = b.op("Mul", choices, b.op("Unsqueeze", weight, [-1]))
+    spread = b.op("MatMul", b.op("Transpose", shares, perm=[0, 2, 1]), hidden)
+    made = b.op("MatMul", b.op("Reshape", spread, [-1, count * width]), down)
+    if down_bias is None:
+        return made
+    routed = b.op("ReduceSum", shares, [1], keepdims=0)
+    return b.op("Add", made, b.op("MatMul", routed, down_bias))
 
 
 def side_by_side(b: Builder, weight: ir.Value, order: tuple[int, int, int]) -> ir.Value:
@@ -100,6 +144,27 @@ def stack_shape(b: Builder, weight: ir.Value) -> tuple[int, int, int]:
         raise UnsupportedError("experts whose number varies")
     experts, rows, columns = shape
     return experts, rows, columns
+
+
+def _hidden(
+    b: Builder,
+    x: ir.Value,
+    up: ir.Value,
+    up_bias: ir.Value | None,
+    sizes: tuple[int, int],
+    gate: Gate,
+) -> ir.Value:
+    """What the second matrices of all experts read, ``[T, E, F]`` or, gated, ``[T, E, F / 2]``."""
+    hidden = b.op("Reshape", b.op("MatMul", x, up), [-1, *sizes])
+    if up_bias is not None:
+        hidden = b.op("Add", hidden, up_bias)
+    return _middle(b, hidden, gate)
+
+
+def _choices(b: Builder, index: ir.Value, count: int, dtype: ir.DataType) -> ir.Value:
+    """1 where a choice names an expert and 0 elsewhere, ``[T, k, E]``."""
+    experts = b.constant(range(count), ir.DataType.INT64)
+    return b.cast(b.op("Equal", b.op("Unsqueeze", index, [-1]), experts), dtype)
 
 
 def _middle(b: Builder, hidden: ir.Value, gate: Gate) -> ir.Value:

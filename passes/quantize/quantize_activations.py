@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, fx
 
@@ -35,6 +35,7 @@ from qcompile.passes.quantize.activation_ranges import (
 from qcompile.passes.quantize.layers import LINEAR
 from qcompile.passes.quantize.policy import Override, matches_any
 from qcompile.passes.quantize.rounding_errors import RoundingErrors, Trial
+from qcompile.passes.quantize.split_experts import split_call
 from qcompile.passes.quantize.split_inputs import coded_reads
 
 Granularity = Literal["token", "group", "tensor", "channel"]
@@ -80,8 +81,12 @@ class Rounding:
     grid: Grid[Tensor] | None = None
 
 
+_WEIGHTS: Mapping[Any, int] = {LINEAR: 1, dialect.expert_hidden: 2, dialect.expert_output: 3}
+"""What multiplies with a weight, and where that stands among its arguments; inputs come first."""
+
+
 class QuantizeActivations(Pass):
-    """Rounds the input of each linear whose weight is quantized.
+    """Rounds the input of each linear and each routed expert whose weight is quantized.
 
     Before::
 
@@ -101,10 +106,12 @@ class QuantizeActivations(Pass):
         %4 = aten.linear(%3, %w)
 
     Floats have ``qc.float_scale``, ``qc.quantize_float`` and ``qc.lookup`` in these places.
-    Linears that share an input, a group size and a format share the nodes. Where columns of a
-    weight stay floats, their inputs do; those of each other part are rounded by themselves. Each
-    rounded input leaves a record in the result's details: ``input, format, group_size, weights``,
-    ``choice`` where the recipe leaves one, and ``scale`` where it is one static number.
+    Routed experts become two nodes, ``qc.expert_hidden`` and ``qc.expert_output``, since their
+    second matrices read what stands between. Layers that share an input, a group size and a format
+    share the nodes. Where columns of a weight stay floats, their inputs do; those of each other
+    part are rounded by themselves. Each rounded input leaves a record in the result's details:
+    ``input, format, group_size, weights``, ``choice`` where the recipe leaves one, and ``scale``
+    where it is one static number.
 
     Where the recipe leaves a choice of formats, ``"fp4-searched"``, each input gets the one that
     calibration data loses least by (squared error), with the scales that it will have.
@@ -183,8 +190,11 @@ class QuantizeActivations(Pass):
                 data.
         """
         result = PassResult()
-        groups = list(self._inputs(program, result))
         editor = Editor(program)
+        for call in list(program.calls(dialect.experts)):
+            if self._rounds(call):
+                split_call(editor, call)
+        groups = list(self._inputs(program, result))
         for group, rounding in zip(groups, self._choose(program, groups, context), strict=True):
             format, numbers = rounding.format, rounding.grid
             detail: dict[str, object] = {
@@ -216,8 +226,8 @@ class QuantizeActivations(Pass):
     def _inputs(self, program: Program, result: PassResult) -> Iterator[RoundedInput]:
         """The values to round, in graph order; linears that are passed over become skips."""
         found: dict[tuple[fx.Node, int, ActivationChoice], RoundedInput] = {}
-        for linear in program.calls(LINEAR):
-            weight = stored_weight(linear.args[1])
+        for linear in program.calls(*_WEIGHTS):
+            weight = stored_weight(linear.args[_WEIGHTS[linear.target]])
             source = linear.args[0]
             if weight is None or not isinstance(source, fx.Node):
                 continue
@@ -235,6 +245,11 @@ class QuantizeActivations(Pass):
                 entry.readers.append(read.reader)
                 entry.weights.append(weight.name)
         yield from found.values()
+
+    def _rounds(self, experts: fx.Node) -> bool:
+        """Whether an input of routed experts is rounded."""
+        found = map(stored_weight, experts.args)
+        return any(weight and self.format_of(weight.name) is not None for weight in found)
 
     def scale_shape(self, group: RoundedInput) -> tuple[int] | None:
         """The shape of an input's static scale; None where it is measured at run time."""

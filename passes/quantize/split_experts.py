@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from qcompile.ir import dialect
 from qcompile.ir.edit import Editor
 from qcompile.ir.program import Program
 
 
 def split_experts(program: Program) -> Program:
-    """The same program with every `qc.experts` in two.
-
-    Before::
-
-        %1 = qc.experts(%x, %index, %weight, @up, None, @down, None, silu, True, 0, 0)
-
-    After::
-
-        %1 = qc.expert_hidden(%x, %index, @up, None, silu, True, 0, 0)
-        %2 = qc.expert_output(%1, %index, %weight, @down, None)
+    """The same program with every `qc.experts` in two, as `split_call` does it.
 
     Args:
         program: It is not changed; the result shares its weights.
@@ -30,9 +23,24 @@ def split_experts(program: Program) -> Program:
     split = program.copy()
     editor = Editor(split)
     for call in list(split.calls(dialect.experts)):
-        x, index, weight, up, up_bias, down, down_bias, *gate = call.args
-        with editor.before(call):
-            hidden = editor.call(dialect.expert_hidden, x, index, up, up_bias, *gate)
-            output = editor.call(dialect.expert_output, hidden, index, weight, down, down_bias)
-        editor.replace(call, output)
+        split_call(editor, call)
     return split
+
+
+def split_call(editor: Editor, call: fx.Node) -> None:
+    """Puts two operators in the place of a `qc.experts`.
+
+    Before::
+
+        %1 = qc.experts(%x, %index, %weight, @up, None, @down, None, silu, True, 0, 0)
+
+    After::
+
+        %1 = qc.expert_hidden(%x, %index, @up, None, silu, True, 0, 0)
+        %2 = qc.expert_output(%1, %index, %weight, @down, None)
+    """
+    x, index, weight, up, up_bias, down, down_bias, *gate = call.args
+    with editor.before(call):
+        hidden = editor.call(dialect.expert_hidden, x, index, up, up_bias, *gate)
+        output = editor.call(dialect.expert_output, hidden, index, weight, down, down_bias)
+    editor.replace(call, output)

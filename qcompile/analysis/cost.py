@@ -273,11 +273,19 @@ def _visible_pairs(rows: int, columns: int, causal: bool, window: int) -> int:
     return sum(seen)
 
 
-def _experts_flops(model: CostModel, node: fx.Node) -> int:
-    """Two matrix products for each token and each of its experts."""
-    matrices = (_operand(node, 3), _operand(node, 5))
-    each = sum(model.elements(w) // model.size(w.shape[0]) for w in matrices)
-    return 2 * model.elements(_operand(node, 1)) * each
+def _experts_flops(*weights: int) -> Formula:
+    """Matrix products for each token and each of its experts.
+
+    Args:
+        weights: Where the stacked matrices stand among the arguments.
+    """
+
+    def flops(model: CostModel, node: fx.Node) -> int:
+        matrices = [_operand(node, place) for place in weights]
+        each = sum(model.elements(w) // model.size(w.shape[0]) for w in matrices)
+        return 2 * model.elements(_operand(node, 1)) * each
+
+    return flops
 
 
 def _transform_flops(model: CostModel, node: fx.Node) -> int:
@@ -319,7 +327,9 @@ _FORMULAS: Mapping[Any, Formula] = MappingProxyType(
         dialect.dynamic_scale: _scale_flops,
         dialect.float_scale: _scale_flops,
         dialect.transform: _transform_flops,
-        dialect.experts: _experts_flops,
+        dialect.experts: _experts_flops(3, 5),
+        dialect.expert_hidden: _experts_flops(2),
+        dialect.expert_output: _experts_flops(3),
     }
 )
 

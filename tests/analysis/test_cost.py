@@ -17,6 +17,7 @@ from qcompile.ir.program import Program
 from qcompile.passes.infra import run_passes
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+from qcompile.passes.quantize.split_experts import split_experts
 from qcompile.passes.transform.fold_norm_gain import FoldNormGain
 from qcompile.passes.transform.rotate import Rotate
 
@@ -47,6 +48,9 @@ def counted_by_torch(module: nn.Module, *inputs: Tensor) -> int:
     with FlopCounterMode(display=False) as counter:
         module(*inputs)
     return int(counter.get_total_flops())
+
+
+HALVES = (dialect.expert_hidden, dialect.expert_output)
 
 
 def operations_of(program: Program, target: object, sizes: Sizes = ANY) -> int:
@@ -179,6 +183,9 @@ def test_routed_experts_cost_the_experts_that_are_chosen(tiny_checkpoint: TinyCh
     hidden, intermediate, tokens = 32, 48, 7
     expected = tokens * 2 * (2 * 3 * hidden * intermediate)
     assert operations_of(program, dialect.experts, Sizes(1, tokens, 0)) == expected
+    halves = split_experts(program)
+    parts = [operations_of(halves, half, Sizes(1, tokens, 0)) for half in HALVES]
+    assert parts == [expected * 2 // 3, expected // 3]
 
 
 def test_online_transforms_cost_their_additions_and_products(llama: Program) -> None:

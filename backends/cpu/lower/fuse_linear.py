@@ -64,14 +64,14 @@ def _linear(editor: Editor, node: fx.Node, weight: StoredWeight, packed: PackedW
     how: tuple[Any, ...] = (ops.FLOAT_ACTIVATIONS,)
     rounded = rounded_input(x) if packed.layout.multiplies_bytes else None
     if rounded is not None:
-        if (act := _measured(rounded, packed.layout.group_size)) is not None:
+        if (act := measured(rounded, packed.layout.group_size)) is not None:
             x, how = rounded.source, (act,)
         elif (static := static_input(editor, node, rounded, weight)) is not None:
             x, bias, how = rounded.source, static.bias, (static.act, static.grid)
     return editor.call(ops.linear, x, packed.node, bias, None, *packed.arguments, *how)
 
 
-def _measured(rounded: RoundedInput, group_size: int) -> str | None:
+def measured(rounded: RoundedInput, group_size: int) -> str | None:
     """How the kernels round an input whose scales are measured at run time, if they can."""
     if not rounded.is_dynamic or rounded.bits != _INT8_BITS:
         return None

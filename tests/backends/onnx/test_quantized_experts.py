@@ -13,6 +13,7 @@ from tests.passes.quantize.moe import experts
 from qcompile.backends.onnx.target import OnnxTarget
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, run_passes
+from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
 FORMATS = ["int4", "int4-g8-asym", "int4-g16", "int8", "int3-g16-asym", "nf4-g8", "nf4-g16-dq"]
@@ -53,3 +54,14 @@ def test_codes_of_experts_take_their_four_bits(tmp_path: Path) -> None:
     target = OnnxTarget()
     sizes = target.predict_files(target.lower(program, Context()))
     assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("weights", ["int4-g8", "int4", "nf4-g8"])
+@pytest.mark.parametrize("format", ["int8", "fp8", "fp4"])
+def test_experts_of_rounded_inputs_equal_the_program(
+    weights: str, format: str, tmp_path: Path
+) -> None:
+    program = run_passes(quantized(weights, bias=weights == "int4"), [QuantizeActivations(format)])
+    write(program, tmp_path)
+    x = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    assert relative(run(tmp_path, x)[0], program(x)) < EXACT

@@ -12,7 +12,8 @@ from tests.kernels.cpu.conftest import NodeRunner, product_tolerance
 
 from qcompile.kernels.cpu.layout import pack_linear
 from qcompile.kernels.dequantize.reference import dequantize
-from qcompile.kernels.experts.reference import experts
+from qcompile.kernels.experts.reference import expert_hidden, expert_output, experts
+from qcompile.kernels.quantize.reference import dynamic_scale, quantize
 
 COUNT, WIDTH, INNER = 5, 40, 24
 EXACT = product_tolerance("scalar", "float", 1)
@@ -140,6 +141,35 @@ def test_every_gate_matches_oracle(
     assert_near(found, expected)
 
 
+@pytest.mark.parametrize(("act", "groups"), [("int8_token", (0, 0)), ("int8_group", (16, 0))])
+@pytest.mark.parametrize("rows", [1, 9, 300])
+def test_both_products_round_what_they_read(
+    isa: str, run_node: NodeRunner, act: str, groups: tuple[int, int], rows: int
+) -> None:
+    pair = matrices(gated=True)
+    x, index, weight = floats(rows, WIDTH), routing(rows), floats(rows, 2)
+    (found,) = run_node(
+        "QExperts",
+        [x, index, weight, pair[0].packed, None, pair[1].packed],
+        act=act,
+        **attributes(True),
+    )
+    chosen = torch.from_numpy(index)
+    read = _rounded(torch.from_numpy(x), groups[0])
+    hidden = expert_hidden(read, chosen, pair[0].values, None, "silu", True, 0.0, 0.0)
+    read = _rounded(hidden, groups[1])
+    expected = expert_output(read, chosen, torch.from_numpy(weight), pair[1].values, None).numpy()
+    errors = np.abs(found - expected) / np.abs(expected).max()
+    # A hidden value on the edge between two codes may fall to either side: 1/127 of the largest.
+    assert np.median(errors) <= product_tolerance(isa, act, rows)
+    assert errors.max() <= 1e-2
+
+
+def _rounded(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    scale = dynamic_scale(x, 8, group_size)
+    return dequantize(quantize(x, scale, None, 8, group_size), scale, None, 8, group_size)
+
+
 def test_rows_without_an_expert_are_zero(run_node: NodeRunner) -> None:
     pair = matrices(gated=True)
     index = np.full((3, 2), COUNT)
@@ -169,6 +199,8 @@ def test_threads_do_not_change_a_bit(run_node: NodeRunner) -> None:
         ({"count": 4}, "the packed weights have shape"),
         ({"down_bits": 9}, "bits = 9 is not supported"),
         ({"kind": "softplus"}, "is none of silu"),
+        ({"act": "int8_static"}, "experts have no static activations"),
+        ({"act": "int4_token"}, "is none of 'float'"),
     ],
 )
 def test_what_does_not_fit_is_refused(
