@@ -170,14 +170,14 @@ def print_table(results: list[Result], limits: Limits) -> None:
         print(f"{what}: {middle:.1f} {unit} ({low:.1f}-{high:.1f})")
     bandwidth = statistics.median(limits.bandwidth) / GIGA
     peak = statistics.median(limits.byte_products) / GIGA
-    header = f"{'variant':26} {'rows':>5} {'us':>9} {'range':>17} {'GB/s':>7} {'':>5}"
+    header = f"{'variant':28} {'rows':>5} {'us':>9} {'range':>17} {'GB/s':>7} {'':>5}"
     print(f"{header} {'Gop/s':>8}")
     for r in results:
         spread = f"{r.least:.0f}-{r.most:.0f}"
         read = f"{r.gigabytes_per_second:7.2f} {r.gigabytes_per_second / bandwidth:5.0%}"
         share = f" {r.gigaflops / peak:5.0%}" if peak > 0 else ""
         print(
-            f"{r.variant:26} {r.rows:5} {r.microseconds:9.1f} {spread:>17} {read} "
+            f"{r.variant:28} {r.rows:5} {r.microseconds:9.1f} {spread:>17} {read} "
             f"{r.gigaflops:8.1f}{share}"
         )
 

@@ -29,14 +29,16 @@ def oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("act", GRIDS)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (4, 32), (2, 16)])
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zeros"), [(8, 0, False), (8, 32, True), (4, 32, False), (2, 16, True)]
+)
+@pytest.mark.parametrize("rows", [1, 5, 40, 70])
 def test_static_codes_match_oracle(
-    run_node: NodeRunner, isa: str, act: str, bits: int, group_size: int, rows: int
+    run_node: NodeRunner, isa: str, act: str, bits: int, group_size: int, zeros: bool, rows: int
 ) -> None:
     # K = 131 leaves a short last group and a tail; magnitudes reach far beyond the grid.
     del isa
-    weight = Weight.random(40, 131, bits=bits, group_size=group_size)
+    weight = Weight.random(40, 131, bits=bits, group_size=group_size, zeros=zeros)
     x = 2 * activations(rows, 131)
     x[0, :3] = (math.inf, -math.inf, math.nan)
     inputs = [x, weight.packed(), None, None, GRIDS[act]]
