@@ -136,6 +136,28 @@ struct PanelKernels {
   void (*multiply)(const LinearTile& tile);
 };
 
+// y = x W^T + bias for some rows of W, whose codes stand for vectors of a codebook.
+struct VectorTile {
+  int64_t k, group_size, dimension;  // both multiples of `dimension`
+  int bits;
+  const uint8_t* codes;   // of the first row, one byte more being readable behind the last one
+  int64_t row_bytes;      // from one row to the next
+  const float* scales;    // [columns][groups]
+  const float* codebook;  // [2^bits][dimension]
+  int64_t columns;        // rows of the weight
+
+  const float* x;  // [rows, k]
+  int64_t rows;
+  const float* bias;  // [columns] or null
+  float* y;           // [rows, columns] with a stride
+  int64_t y_stride;
+  float* scratch;  // kVectorScratchRows * k
+
+  QCOMPILE_ALWAYS_INLINE int64_t groups() const { return (k + group_size - 1) / group_size; }
+};
+
+constexpr int64_t kVectorScratchRows = 4;
+
 // One row of float activations times a Hadamard matrix per block: y = scale * x (I kron C kron S).
 struct HadamardRow {
   const float* x;  // [n]
@@ -156,6 +178,7 @@ struct KernelTable {
   const PanelKernels* panels;  // of integer activations: as linear_int8, bit for bit
   // Of float activations, to about 2^-16 of a product; null where linear_float is as good.
   const PanelKernels* float_panels;
+  void (*linear_vectors)(const VectorTile& tile);
   void (*attention)(const AttentionTile& tile);
   // The numbers of one head and position as a cache keeps them: row.bytes() bytes.
   void (*encode_cache_row)(const CacheRow& row, const float* x, uint8_t* bytes);

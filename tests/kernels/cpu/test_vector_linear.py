@@ -67,7 +67,10 @@ def test_packing_is_undone_and_of_true_size(name: str, n: int, k: int) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize(("shape", "n"), [((1, 100), 13), ((2, 3, 576), 8), ((4, 36), 1)])
-def test_products_match_the_reference(run_node, name: str, shape: tuple[int, ...], n: int) -> None:
+def test_products_match_the_reference(
+    isa: str, run_node, name: str, shape: tuple[int, ...], n: int
+) -> None:
+    del isa
     k = shape[-1]
     inputs, format = node_inputs(name, n, drawn(*shape))
     bias = drawn(n)
@@ -79,10 +82,24 @@ def test_products_match_the_reference(run_node, name: str, shape: tuple[int, ...
     np.testing.assert_allclose(y, expected.numpy(), rtol=0, atol=1e-4)
 
 
-def test_products_are_the_same_for_every_number_of_threads(assert_same_on_two_threads) -> None:
+def test_products_are_the_same_for_every_number_of_threads(
+    isa: str, assert_same_on_two_threads
+) -> None:
+    del isa
     n, k = 300, 576
     inputs, format = node_inputs("higgs2x64-g64-unturned", n, drawn(40, k))
     assert_same_on_two_threads("VectorLinear", inputs, **attributes(format, n, k))
+
+
+def test_rows_together_are_what_they_are_apart(isa: str, run_node) -> None:
+    del isa
+    n, k, x = 21, 100, drawn(7, 100)
+    inputs, format = node_inputs("higgs2x64-g64-unturned", n, x)
+    (together,) = run_node("VectorLinear", inputs, **attributes(format, n, k))
+    for row in range(len(x)):
+        inputs[0] = x[row : row + 1]
+        (alone,) = run_node("VectorLinear", inputs, **attributes(format, n, k))
+        np.testing.assert_array_equal(together[row : row + 1], alone)
 
 
 @pytest.mark.parametrize(

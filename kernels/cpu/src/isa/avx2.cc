@@ -8,13 +8,18 @@
 #include "panel_words.h"
 // What follows uses it.
 #include "linear_panel.h"
+#include "vector_linear.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx2Kernels = {
-    "avx2",  QuantizeActivations, LinearInt8,     LinearFloat,     &kPanelKernels,
-    nullptr, Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
-    RmsNorm, GatedActivation,     Hadamard,
+    "avx2",          QuantizeActivations,
+    LinearInt8,      LinearFloat,
+    &kPanelKernels,  nullptr,
+    LinearVectors,   Attention,
+    EncodeCacheRow,  DecodeCacheRows,
+    PackKeys,        RmsNorm,
+    GatedActivation, Hadamard,
 };
 
 }  // namespace qcompile::cpu

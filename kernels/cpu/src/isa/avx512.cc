@@ -10,13 +10,18 @@
 // What follows uses it.
 #include "brain_tiles.h"
 #include "linear_panel.h"
+#include "vector_linear.h"
 
 namespace qcompile::cpu {
 
 const KernelTable kAvx512Kernels = {
-    "avx512", QuantizeActivations, LinearInt8,     LinearFloat,     &kPanelKernels,
-    nullptr,  Attention,           EncodeCacheRow, DecodeCacheRows, PackKeys,
-    RmsNorm,  GatedActivation,     Hadamard,
+    "avx512",        QuantizeActivations,
+    LinearInt8,      LinearFloat,
+    &kPanelKernels,  nullptr,
+    LinearVectors,   Attention,
+    EncodeCacheRow,  DecodeCacheRows,
+    PackKeys,        RmsNorm,
+    GatedActivation, Hadamard,
 };
 
 const KernelTable kAmxKernels = {
@@ -26,6 +31,7 @@ const KernelTable kAmxKernels = {
     LinearFloat,
     &kTilePanelKernels<AmxTiles>,
     &kBrainTileKernels<AmxTiles>,
+    LinearVectors,
     Attention,
     EncodeCacheRow,
     DecodeCacheRows,

@@ -32,6 +32,8 @@ constexpr int kChainedOutputs = 2;  // most outputs that have two sums each
 constexpr int kGemmRows = 4;
 constexpr int kGemmVectors = 1;
 constexpr int kThinVectors = 1;
+constexpr int kVectorRows = 2;     // rows of activations that vector_linear.h takes together
+constexpr int kVectorWeights = 2;  // with as many rows of the weight
 constexpr int64_t kPanelBlocks = 1;
 // Twelve sums, a column block and four activations.
 constexpr int64_t kPanelRows = 6;

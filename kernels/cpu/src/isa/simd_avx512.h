@@ -29,6 +29,8 @@ constexpr int kChainedOutputs = 4;   // most outputs that have two sums each
 constexpr int kGemmRows = 8;         // rows of the float micro kernel
 constexpr int kGemmVectors = 2;      // its columns, in vectors
 constexpr int kThinVectors = 4;      // its columns for up to four rows
+constexpr int kVectorRows = 4;       // rows of activations that vector_linear.h takes together
+constexpr int kVectorWeights = 4;    // with as many rows of the weight
 constexpr int64_t kPanelBlocks = 2;  // column blocks whose codes are unpacked at a time
 constexpr int64_t kPanelRows = 12;   // rows that go through them together
 // By measurement on Zen 5: from here on groups of 32 gain, and groups of 128 lose no more than 5%.

@@ -35,6 +35,8 @@ constexpr int kChainedOutputs = 1;   // most outputs that have two sums each
 constexpr int kGemmRows = 4;         // rows of the float micro kernel
 constexpr int kGemmVectors = 1;      // its columns, in vectors
 constexpr int kThinVectors = 1;      // its columns for up to four rows
+constexpr int kVectorRows = 1;       // rows of activations that vector_linear.h takes together
+constexpr int kVectorWeights = 1;    // with as many rows of the weight
 constexpr int64_t kPanelBlocks = 2;  // column blocks whose codes are unpacked at a time
 
 template <class Result, class Function>

@@ -7,8 +7,7 @@
 namespace qcompile::cpu {
 namespace {
 
-constexpr int64_t kRowsAtATime = 8;  // of the weight, by one thread
-constexpr int64_t kLanes = 16;       // partial sums: the order of additions is always the same
+constexpr int64_t kRowsAtATime = 16;  // of the weight, by one thread
 
 // A weight [N, K], row by row: the scales of a row's groups, then its codes of `bits` bits, lowest
 // bits first. One byte more stands at the end, so that any code may be read with its next byte.
@@ -36,37 +35,6 @@ float ScaleAt(const VectorRows& rows, const uint8_t* row, int64_t group) {
   return rows.scale_type == ScaleType::kFloat16 ? HalfToFloat(bits) : Bfloat16ToFloat(bits);
 }
 
-// One row of the weight as floats. kDimension is that of the codebook, or 0 for any.
-template <int kDimension>
-void DecodeRow(const VectorRows& rows, const uint8_t* row, const float* codebook, float* out) {
-  const int64_t dimension = kDimension == 0 ? rows.dimension : kDimension;
-  const uint8_t* codes = row + rows.codes_at();
-  const uint32_t mask = (1u << rows.bits) - 1;
-  int64_t bit = 0;
-  for (int64_t g = 0; g < rows.groups(); ++g) {
-    const float scale = ScaleAt(rows, row, g);
-    const int64_t end = std::min(rows.k, (g + 1) * rows.group_size);
-    for (int64_t k = g * rows.group_size; k < end; k += dimension, bit += rows.bits) {
-      const uint32_t word = codes[bit / 8] | static_cast<uint32_t>(codes[bit / 8 + 1]) << 8;
-      const float* vector = codebook + (word >> bit % 8 & mask) * dimension;
-      for (int64_t i = 0; i < dimension; ++i) out[k + i] = vector[i] * scale;
-    }
-  }
-}
-
-float Dot(const float* a, const float* b, int64_t count) {
-  float sums[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
-  }
-  for (; i < count; ++i) sums[i % kLanes] += a[i] * b[i];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return sums[0];
-}
-
 VectorRows ReadRows(const Attributes& attributes) {
   const WeightSize size = ReadSize(attributes);
   VectorRows rows;
@@ -92,7 +60,8 @@ VectorRows ReadRows(const Attributes& attributes) {
 // y = x W^T + bias.
 class VectorLinear : public Operator {
  public:
-  explicit VectorLinear(const Attributes& attributes) : rows_(ReadRows(attributes)) {}
+  VectorLinear(const Attributes& attributes, const KernelTable& kernels)
+      : rows_(ReadRows(attributes)), kernels_(kernels) {}
 
   void Compute(const Context& context) const override {
     const auto x = context.Input<float>(0);
@@ -109,42 +78,50 @@ class VectorLinear : public Operator {
     float* y = context.Output(0, shape).data;
     const int64_t blocks = (rows_.n + kRowsAtATime - 1) / kRowsAtATime;
     context.ParallelFor(blocks, rows_.n * rows_.k * (m + 2), [&](int64_t block) {
-      float* row = ScratchFloats(ScratchSlot::kWorker, rows_.k);
-      const int64_t end = std::min(rows_.n, (block + 1) * kRowsAtATime);
-      for (int64_t column = block * kRowsAtATime; column < end; ++column) {
-        Decode(weight + column * rows_.row_bytes(), codebook.data, row);
-        const float start = bias ? bias.data[column] : 0.0f;
-        for (int64_t i = 0; i < m; ++i) {
-          y[i * rows_.n + column] = Dot(x.data + i * rows_.k, row, rows_.k) + start;
-        }
+      const int64_t column = block * kRowsAtATime;
+      const int64_t columns = std::min(rows_.n - column, kRowsAtATime), groups = rows_.groups();
+      float* scales =
+          ScratchFloats(ScratchSlot::kWorker, columns * groups + kVectorScratchRows * rows_.k);
+      const uint8_t* first = weight + column * rows_.row_bytes();
+      for (int64_t i = 0; i < columns; ++i) {
+        const uint8_t* row = first + i * rows_.row_bytes();
+        for (int64_t g = 0; g < groups; ++g) scales[i * groups + g] = ScaleAt(rows_, row, g);
       }
+      VectorTile tile;
+      tile.k = rows_.k;
+      tile.group_size = rows_.group_size;
+      tile.dimension = rows_.dimension;
+      tile.bits = rows_.bits;
+      tile.codes = first + rows_.codes_at();
+      tile.row_bytes = rows_.row_bytes();
+      tile.scales = scales;
+      tile.codebook = codebook.data;
+      tile.columns = columns;
+      tile.x = x.data;
+      tile.rows = m;
+      tile.bias = bias ? bias.data + column : nullptr;
+      tile.y = y + column;
+      tile.y_stride = rows_.n;
+      tile.scratch = scales + columns * groups;
+      kernels_.linear_vectors(tile);
     });
   }
 
  private:
-  void Decode(const uint8_t* row, const float* codebook, float* out) const {
-    switch (rows_.dimension) {
-      case 2:
-        return DecodeRow<2>(rows_, row, codebook, out);
-      case 4:
-        return DecodeRow<4>(rows_, row, codebook, out);
-      default:
-        return DecodeRow<0>(rows_, row, codebook, out);
-    }
-  }
-
   const VectorRows rows_;
+  const KernelTable& kernels_;
 };
 
 }  // namespace
 
 OperatorSpec VectorLinearSpec() {
-  return {"VectorLinear",
-          {{ort::kFloat}, {ort::kUint8}, {ort::kFloat}, {ort::kFloat, ort::kOptional}},
-          {{ort::kFloat}},
-          [](const Attributes& attributes, const KernelTable&) -> std::unique_ptr<Operator> {
-            return std::make_unique<VectorLinear>(attributes);
-          }};
+  return {
+      "VectorLinear",
+      {{ort::kFloat}, {ort::kUint8}, {ort::kFloat}, {ort::kFloat, ort::kOptional}},
+      {{ort::kFloat}},
+      [](const Attributes& attributes, const KernelTable& kernels) -> std::unique_ptr<Operator> {
+        return std::make_unique<VectorLinear>(attributes, kernels);
+      }};
 }
 
 }  // namespace qcompile::cpu
