@@ -129,8 +129,8 @@ class CachePlan:
             ids: The ids of the call, from which the batch is taken.
             past: A symbolic size.
         """
-        tensors = [_reach(self.filled, slot.path) for slot in self.slots]
-        cache = copy.deepcopy(self.filled, {id(tensor): tensor for tensor in tensors})
+        held = [value for _, value in _leaves(self.filled) if isinstance(value, Tensor)]
+        cache = copy.deepcopy(self.filled, {id(tensor): tensor for tensor in held})
         given = {}
         for slot in self.slots:
             sizes = (past if size is None else size for size in slot.shape)
@@ -164,13 +164,17 @@ def plan_cache(model: PreTrainedModel) -> CachePlan:
     first, second = (dict(_leaves(cache)) for cache in found)
     if first.keys() != second.keys():
         raise ModelError("what its cache holds depends on the text")
-    slots = [_slot(path, value, second[path]) for path, value in first.items() if _is_tensor(value)]
+    growing = {path[:-1] for path in first if path[-1] in _GROWING}
+    slots = []
+    for path, value in first.items():
+        if path[:-1] in growing and path[-1] not in _GROWING:
+            continue  # what a layer counts to know its window; in the trace it has none
+        if isinstance(value, Tensor):
+            slots.append(_slot(path, value, second[path]))
+        elif value != second[path]:
+            raise ModelError(f"its cache counts tokens outside tensors, in {_spelled(path)}")
     if not slots:
         raise ModelError("its cache holds nothing")
-    growing = {slot.path[:-1] for slot in slots if slot.grows}
-    for path, value in first.items():
-        if not _is_tensor(value) and value != second[path] and path[:-1] not in growing:
-            raise ModelError(f"its cache counts tokens outside tensors, in {_spelled(path)}")
     return CachePlan(argument, tuple(slots), found[0])
 
 
@@ -250,7 +254,7 @@ def _slot(path: Path, first: Tensor, second: Tensor) -> Slot:
         # A window may have cut them: in the trace nothing does, and the mask says what is seen.
         return Slot(path, (first.shape[1], None, first.shape[3]), first.dtype)
     (batch, length), (other_batch, other_length) = _PROBES
-    if (first.shape[0], second.shape[0]) != (batch, other_batch):
+    if (first.shape[:1], second.shape[:1]) != ((batch,), (other_batch,)):
         raise ModelError(f"its cache holds {_spelled(path)}, which is not one for each row")
     if first.shape[1:] != second.shape[1:]:
         raise ModelError(
@@ -291,10 +295,6 @@ def _reach(value: Any, path: Path) -> Any:
 
 def _is_container(value: Any) -> bool:
     return isinstance(value, (Mapping, list, tuple))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _spelled(path: Path) -> str:

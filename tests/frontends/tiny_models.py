@@ -342,6 +342,19 @@ STATES: Mapping[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         _llama_like(**_DELTA, **_QWEN_MOE, head_dim=8, shared_expert_intermediate_size=24),
     ),
+    "lfm3": (
+        "lfm3",
+        _llama_like(
+            head_dim=8,
+            num_hidden_layers=3,
+            sliding_window=4,
+            layer_types=["conv", "sliding_attention", "full_attention"],
+        ),
+    ),
+    "qwen3.5-moe": (
+        "qwen3_5_moe_text",
+        _llama_like(**_DELTA, **_QWEN_MOE, head_dim=8, shared_expert_intermediate_size=24),
+    ),
     "qwen3.5": ("qwen3_5_text", _llama_like(**_DELTA, head_dim=8)),
     "olmo-hybrid": ("olmo_hybrid", _llama_like(**_DELTA)),
     "kimi-linear": (
@@ -351,6 +364,17 @@ STATES: Mapping[str, tuple[str, dict[str, Any]]] = {
             layer_types=["linear_attention", "full_attention"],
             linear_head_dim=8,
             linear_num_heads=4,
+        ),
+    ),
+    "zaya": (
+        "zaya",
+        _llama_like(
+            layer_types=["hybrid"] * 2,
+            head_dim=8,
+            moe_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=1,
+            router_hidden_size=16,
         ),
     ),
     "mamba": ("mamba", _MAMBA),
@@ -379,6 +403,19 @@ STATES: Mapping[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
     "falcon-h1": ("falcon_h1", _llama_like(**_MAMBA2_LAYERS, mamba_d_ssm=64, head_dim=8)),
+    "zamba": (
+        "zamba",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
     "zamba2": (
         "zamba2",
         _llama_like(
