@@ -90,21 +90,33 @@ class OnnxTarget(Target):
         Raises:
             TargetError: A size that is to be fixed does not vary, or not alone.
         """
-        growing = {"query", "past"}
-        if program.signature.is_causal_lm and len(growing & self._fixed) == 1:
-            (other,) = growing - self._fixed
+        self._check_sizes(program)
+        phases = [self._phase, Phase("store caches", (StoreCaches(),))]
+        return PassManager(phases).run(program, context)[0]
+
+    def _check_sizes(self, program: Program) -> None:
+        """Refuses fixed sizes with which a text could not be read."""
+        fixed = {"query", "past"} & self._fixed
+        if not program.signature.is_causal_lm or not fixed:
+            return
+        if not program.signature.has(Role.PAST_KEY):
+            raise TargetError(
+                "the model keeps states only: they are of fixed size whatever query and past are, "
+                "and tokens that fill up a fixed query would change them",
+                remedy=f"leave out {' and '.join(sorted(fixed))}",
+            )
+        if len(fixed) == 1:
+            (other,) = {"query", "past"} - fixed
             raise TargetError(
                 f"a cache of fixed shape needs query and past: {other} is missing",
                 remedy=f"add {other}=...",
             )
-        if "query" in self._fixed and program.signature.has(Role.PAST_STATE) and self._query != 1:
+        if program.signature.has(Role.PAST_STATE) and self._query != 1:
             raise TargetError(
                 "the model keeps states, which padding would change: it can only be compiled for "
                 f"query=1, not {self._query}",
                 remedy="use query=1",
             )
-        phases = [self._phase, Phase("store caches", (StoreCaches(),))]
-        return PassManager(phases).run(program, context)[0]
 
     def pack(self, program: Program, directory: Path, progress: Progress) -> Packed:
         """Writes ``model.onnx`` and its weights.

@@ -249,6 +249,13 @@ def _convolution_flops(model: CostModel, node: fx.Node) -> int:
     return 2 * model.elements(positions) * model.elements(weight) // model.size(weight.shape[0])
 
 
+def _recurrence_flops(model: CostModel, node: fx.Node) -> int:
+    """A matrix of each position and head is decayed, added to and read; with a rate, read twice."""
+    key, value = _operand(node, 1), _operand(node, 2)
+    each = 5 if node.args[4] is None else 7
+    return each * model.elements(value) * model.size(key.shape[-1])
+
+
 def _attention_flops(model: CostModel, node: fx.Node) -> int:
     """Scores and weighted values of the pairs that causality and window let through."""
     query, key, value = (_operand(node, i) for i in range(3))
@@ -322,6 +329,8 @@ _FORMULAS: Mapping[Any, Formula] = MappingProxyType(
         aten.conv1d.default: _convolution_flops,
         aten.conv2d.default: _convolution_flops,
         aten.conv3d.default: _convolution_flops,
+        dialect.causal_conv: _convolution_flops,
+        dialect.linear_recurrence: _recurrence_flops,
         aten.scaled_dot_product_attention.default: _attention_flops,
         dialect.attention: _attention_flops,
         dialect.dynamic_scale: _scale_flops,

@@ -80,6 +80,31 @@ def test_convolution_counts_as_torch_counts(module: nn.Module) -> None:
     assert CostModel(program, Sizes(batch=2)).total(program).flops == counted_by_torch(module, x)
 
 
+class Recurrence(nn.Module):
+    """Two groups of keys, four heads; 5 positions, matrices of 8 rows and 6 columns."""
+
+    def __init__(self, has_rate: bool) -> None:
+        super().__init__()
+        self.has_rate = has_rate
+
+    def forward(self, key: Tensor, value: Tensor) -> Tensor:
+        assert key.shape[1:] == (5, 2, 8)
+        assert value.shape[1:] == (5, 4, 6)
+        decay, state = -value[..., :1].exp(), value.new_zeros(value.shape[0], 4, 8, 6)
+        rate = decay.squeeze(-1).exp() if self.has_rate else None
+        return torch.ops.qc.linear_recurrence(key, key, value, decay, rate, state)[0]
+
+
+@pytest.mark.parametrize(("has_rate", "each"), [(False, 5), (True, 7)])
+def test_recurrence_costs_operations_on_each_number_of_its_matrices(
+    has_rate: bool, each: int
+) -> None:
+    inputs = (torch.randn(2, 5, 2, 8), torch.randn(2, 5, 4, 6))
+    program = capture_module(Recurrence(has_rate), inputs)
+    found = operations_of(program, dialect.linear_recurrence, Sizes(batch=2))
+    assert found == each * 2 * 5 * 4 * 8 * 6
+
+
 def test_batch_scales_operations_of_a_plain_module() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     program = capture_module(module, torch.randn(3, 4))

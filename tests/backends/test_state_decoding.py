@@ -104,6 +104,12 @@ def test_fixed_shapes_take_one_token_at_a_time(tmp_path: Path) -> None:
     assert found == expected
 
 
+@pytest.mark.slow
+def test_fixed_shapes_are_refused_for_states_alone() -> None:
+    with pytest.raises(TargetError, match="keeps states only"):
+        OnnxTarget(query=1, past=16).lower(raised_tiny_model("mamba2")[1], Context())
+
+
 def test_fixed_shapes_of_several_tokens_are_refused_with_states() -> None:
     with pytest.raises(TargetError, match="only be compiled for query=1, not 4"):
         OnnxTarget(query=4, past=16).lower(raised_tiny_model(FAST)[1], Context())
