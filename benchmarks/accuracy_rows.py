@@ -29,13 +29,14 @@ ASYMMETRIC: Final = {setting: f"{format}-asym" for setting, format in SYMMETRIC.
 WEAK_COLUMNS: Final = {setting: f"{format}+0.77%fp16" for setting, format in ASYMMETRIC.items()}
 
 # A column in 16 bit has to come from somewhere. In the bits of groups of 64 alone, columns and
-# groups of 128 fit; what a column costs where there are no groups buys groups of 144.
+# groups of 128 fit; what columns cost where there are no groups buys groups of 144, and what the
+# places of SliM's columns cost buys groups of 56.
 WEAK_COLUMNS_WITHIN: Final = {
     "w4-g64": "int4-g128-asym+0.77%fp16",
     "w3-g64": "int3-g128-asym+0.77%fp16",
     "w2-g64": "int2-g128-asym+0.77%fp16",
 }
-GROUPS_FOR_COLUMNS: Final = {"w4": "int4-g144-asym"}
+FINER: Final = {"w4": "int4-g144-asym", "w2-g64": "int2-g56-asym"}
 
 HIGGS: Final = {
     "w4": "higgs2x256",
@@ -124,7 +125,7 @@ ROWS: Final[Mapping[str, Row]] = {
     "nvfp4": weights({"w4-g64": "nvfp4"}, scale_search="mse"),
     "owq": weights(WEAK_COLUMNS, **{**_GPTQ, "method": "owq"}),
     "owq-within": weights(WEAK_COLUMNS_WITHIN, **{**_GPTQ, "method": "owq"}),
-    "gptq-asym-g144": weights(GROUPS_FOR_COLUMNS, **_GPTQ),
+    "gptq-asym-finer": weights(FINER, **_GPTQ),
     "quik": weights({"w4": "int4+6.25%fp16"}, **{**_GPTQ, "method": "quik"}),
     "adpq": weights(
         {"w4-g64": "int4-g128-asym/0.5%fp16", "w3-g64": "int3-g128-asym/0.5%fp16"},

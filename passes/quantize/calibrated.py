@@ -21,7 +21,7 @@ from qcompile.calibration.parallel import ordered_map
 from qcompile.calibration.part import digest_tensor
 from qcompile.calibration.requests import Request, Statistics, layer_requests
 from qcompile.calibration.settings import Calibration
-from qcompile.calibration.statistics import Hessian, Routed
+from qcompile.calibration.statistics import Hessian, Routed, Rows, Statistic
 from qcompile.calibration.stream import Stream
 from qcompile.formats import Format, ScaleSearch
 from qcompile.ir.program import Program
@@ -37,6 +37,9 @@ from qcompile.passes.quantize.quantized_matrix import (
 from qcompile.passes.quantize.split_experts import split_experts
 from qcompile.passes.quantize.stacked import join, matrices
 from qcompile.progress import Progress
+
+_SAMPLE = partial(Rows, every=16)
+"""The rows that methods look at which ask for some: 128 of a full micro-batch."""
 
 Sequential = Literal["layer", "block", "none"]
 """Whose quantized weights the inputs of a layer have gone through: those of all layers before it,
@@ -157,6 +160,17 @@ class _Step:
     def requests(self) -> list[Request]:
         """Each once."""
         return list(dict.fromkeys(r for requests in self.jobs.values() for r in requests))
+
+    @property
+    def samples(self) -> list[Request]:
+        """Rows of inputs, for the methods that look at some; those of experts are not kept."""
+        looked_at = (
+            Request(request.value, _SAMPLE)
+            for job, requests in self.jobs.items()
+            for request in requests
+            if Rows in job.method.statistics and request.routing is None
+        )
+        return list(dict.fromkeys(looked_at))
 
     @property
     def values(self) -> list[fx.Node]:
@@ -292,12 +306,12 @@ class _Work:
         found = self._recalled() if self._reuse else None
         if found is None:
             found = self._stream.observe(
-                self._step.requests, again=self._again, stay=self._stay, on_batch=self._advance
+                self._wanted, again=self._again, stay=self._stay, on_batch=self._advance
             )
             self._observed = True
             if self._reuse and self._journal is not None:
-                for request in self._step.requests:
-                    key = _hessian_key(self._key, request)
+                for request in self._wanted:
+                    key = _statistic_key(self._key, request)
                     self._journal.put(key, _statistic(found, request))
         else:
             self._advance(self._stream.batches)
@@ -309,16 +323,21 @@ class _Work:
     def _recalled(self) -> Statistics | None:
         """The statistics of the step, if the journal has them all."""
         found = Statistics()
-        for request in self._step.requests:
-            key = _hessian_key(self._key, request)
+        for request in self._wanted:
+            key = _statistic_key(self._key, request)
             stored = None if self._journal is None else self._journal.get(key)
             if stored is None:
                 return None
+            kind = _kind(request)
             if request.routing is None:
-                found.collected[request.value.name, Hessian, (-1,)] = Hessian.of(stored)
+                found.collected[request.value.name, kind, (-1,)] = kind.of(stored)
             else:
                 found.routed[request.value.name, Hessian] = Routed.of(Hessian, stored)
         return found
+
+    @property
+    def _wanted(self) -> list[Request]:
+        return [*self._step.requests, *self._step.samples]
 
     def _advance(self, batches: int = 1) -> None:
         self._progress.advance(batches, next(iter(self._step.jobs)).name)
@@ -330,14 +349,18 @@ def _finish(job: Job, parts: Sequence[QuantizedMatrix], stacked: bool) -> Finish
     return Finished(job, outcome, errors.relative_error, errors.output_error)
 
 
-def _hessian_key(key: str, request: Request) -> str:
-    return _key(key, *(node.name for node in request.nodes), "hessian")
+def _statistic_key(key: str, request: Request) -> str:
+    return _key(key, *(node.name for node in request.nodes), _kind(request).__name__.lower())
+
+
+def _kind(request: Request) -> type[Statistic]:
+    return Rows if request.statistic is _SAMPLE else Hessian
 
 
 def _statistic(found: Statistics, request: Request) -> dict[str, Tensor]:
     """The tensors of what was requested."""
     if request.routing is None:
-        return found.of(request.value, Hessian).tensors()
+        return found.of(request.value, _kind(request)).tensors()
     return found.routed[request.value.name, Hessian].tensors()
 
 

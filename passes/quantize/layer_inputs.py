@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from qcompile.calibration.requests import Request, Statistics
-from qcompile.calibration.statistics import Hessian
+from qcompile.calibration.statistics import Hessian, Rows
 from qcompile.passes.quantize.methods.hessian import Inputs
 
 
@@ -32,7 +35,7 @@ def seen_inputs(found: Statistics, requests: Sequence[Request]) -> list[Seen]:
     as many rows as are missing of the kind that all experts met, in the mean.
 
     Args:
-        found: The second moments of what was requested.
+        found: The second moments of what was requested, and perhaps some of its rows.
         requests: One for each place; all routed or none.
 
     Returns:
@@ -40,11 +43,18 @@ def seen_inputs(found: Statistics, requests: Sequence[Request]) -> list[Seen]:
     """
     if requests[0].routing is None:
         total = _total([found.of(request.value, Hessian) for request in requests])
-        return [Seen(Inputs(total), total.count)]
+        return [Seen(Inputs(total, _rows(found, requests)), total.count)]
     places = [found.of_experts(request.value, Hessian) for request in requests]
     experts = [_total(hessians) for hessians in zip(*places, strict=True)]
     everyone = _total(experts)
     return [_completed(expert, everyone) for expert in experts]
+
+
+def _rows(found: Statistics, requests: Sequence[Request]) -> Tensor | None:
+    """Some of the rows, where any were kept."""
+    kept = [found.collected.get((request.value.name, Rows, (-1,))) for request in requests]
+    values = [rows.values for rows in kept if isinstance(rows, Rows) and rows.values.numel()]
+    return torch.cat(values) if values else None
 
 
 def _total(hessians: Sequence[Hessian]) -> Hessian:

@@ -49,6 +49,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
 
 def method_options(name: str) -> tuple[str, ...]:
     """The names of a method's options."""
+    # The base of all methods is none itself, so that mypy cannot know that they are dataclasses.
     return tuple(field.name for field in fields(METHODS[name]))  # type: ignore[arg-type]
 
 

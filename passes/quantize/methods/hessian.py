@@ -41,10 +41,12 @@ class Inputs:
 
     Args:
         hessian: Their second moments.
+        rows: Some of them, float32 [n, K], where a method asks for `Rows`.
     """
 
-    def __init__(self, hessian: Hessian) -> None:
+    def __init__(self, hessian: Hessian, rows: Tensor | None = None) -> None:
         self.hessian = hessian
+        self.rows = rows
         self._made: dict[tuple[float, bool], Feedback] = {}
         self._turned: dict[int, Inputs] = {}
         self._lock = threading.Lock()

@@ -21,6 +21,7 @@ from qcompile.passes.infra import Context, PassManager, run_passes
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hessian import Inputs
+from qcompile.passes.quantize.methods.slim import Slim
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.pipeline import front_phases
 
@@ -225,6 +226,27 @@ def test_second_recipe_on_float_inputs_finds_the_hessians(tmp_path, monkeypatch)
     quantize(program, data, journal, sequential="none", options={"act_order": True})
     assert len(swept) == 4
     assert not observed
+
+
+def test_methods_that_look_at_rows_get_some_from_data_or_journal(tmp_path, monkeypatch):
+    program, data = make()
+    seen = []
+
+    def look(self, task):
+        seen.append(task.seen.rows)
+        return Gptq.quantize(self, task)
+
+    monkeypatch.setattr(Slim, "quantize", look)
+    step = {"method": "slim", "sequential": "none"}
+    for options in ({}, {"act_order": True}):  # the second time statistics are found again
+        rounding = QuantizeWeights(FORMAT, **step, options=options)
+        context = Context(calibration=Calibration(data, journal=Journal(tmp_path)))
+        PassManager([rounding]).run(program, context)
+    inputs = torch.cat(data.samples)
+    assert len(seen) == 8
+    for rows, again in zip(seen[:4], seen[4:], strict=True):
+        assert torch.equal(rows, again)
+    assert all((inputs == row).all(1).any() for row in seen[0])  # the first layer reads the data
 
 
 KILLED = """

@@ -10,7 +10,7 @@ from qcompile.formats import IntegerFormat, LookupFormat, SplitFormat, parse_for
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.gptq import Gptq
 from qcompile.passes.quantize.methods.hessian import Inputs
-from qcompile.passes.quantize.methods.slim import Slim
+from qcompile.passes.quantize.methods.slim import OutputLoss, Slim
 
 
 def problem(sizes, group=16, rows=16, seed=0):
@@ -36,15 +36,49 @@ def test_groups_of_large_inputs_get_a_bit_and_those_of_small_ones_give_it(format
     found = outcome.weight.format
     assert isinstance(found, SplitFormat)
     _, low, high = (
-        columns.tolist()[::16]
+        [column // 16 for column in columns.tolist()]
         for columns in torch.argsort(outcome.weight.tensors["places"]).split(found.widths(128))
     )
-    assert {16, 96} <= set(high)
-    assert {48, 80} <= set(low)
+    assert set(high[:32]) == {1, 6}
+    assert set(low[-32:]) == {3, 5}
     assert len(low) == len(high)
+    groups = len(high) // 16
     assert outcome.notes == (
-        f"{len(high)} of 8 groups have {found.base.bits + 1} bit, as many {found.base.bits - 1}",
+        f"{groups} of 8 groups have {found.base.bits + 1} bit, as many {found.base.bits - 1}",
     )
+
+
+def test_groups_are_of_like_columns_wherever_these_stand():
+    # Every second group is of large inputs; then the same columns, shuffled.
+    weight, inputs = problem([0.1, 8.0] * 4)
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(0))
+    shuffled = Inputs(Hessian(inputs.hessian.sum[order][:, order], inputs.hessian.count))
+    plain = Slim().quantize(task(weight, inputs, "int2-g16-asym"))
+    mixed = Slim().quantize(task(weight[:, order], shuffled, "int2-g16-asym"))
+    assert mixed.weight.format == plain.weight.format
+    errors = [
+        seen.relative_error(w, made.weight.format.decode(made.weight))
+        for seen, w, made in ((inputs, weight, plain), (shuffled, weight[:, order], mixed))
+    ]
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_giant_tokens_count_as_others_do():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 32, generator=generator)
+    rows = torch.randn(256, 32, generator=generator)
+    rows[:, 16:] = 0
+    rows[0, :16], rows[0, 16:] = 0, 100
+    hessian = Hessian()
+    hessian.update(rows)
+    given = replace(task(weight, Inputs(hessian, rows), "int2-g16-asym"))
+    loss = OutputLoss.of(given)
+    for_ordinary, for_giant = (0.1 * weight for _ in range(2))
+    for_ordinary[:, 16:], for_giant[:, :16] = 0, 0
+    errors = [given.seen.relative_error(weight, weight + e) for e in (for_ordinary, for_giant)]
+    losses = [loss(weight + error) for error in (for_ordinary, for_giant)]
+    assert errors[0] < 0.05 * errors[1]
+    assert losses[0] > 2 * losses[1]
 
 
 @pytest.mark.parametrize("format", ["int2-g16-asym", "int3-g16", "int4-g16-asym"])
@@ -86,7 +120,7 @@ def test_last_group_that_is_short_keeps_its_bits():
     outcome = Slim().quantize(task(weight[:, :120], Inputs(narrow), "int3-g16-asym"))
     found = outcome.weight.format
     assert isinstance(found.base, IntegerFormat)
-    assert torch.argsort(outcome.weight.tensors["places"])[found.widths(120)[0] - 1] == 119
+    assert [width % 16 for width in found.widths(120)] == [8, 0, 0]
 
 
 @pytest.mark.parametrize("format", ["int2", "int8-g16", "nf4-g16"])
