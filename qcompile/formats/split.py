@@ -76,7 +76,7 @@ class SplitFormat(Format):
 
     Columns go in *blocks*: as many as all parts have in a group, so that groups stay whole; a
     16-bit float and a format with one group per row take single columns. A part stores its columns
-    side by side, in rising order. A last block that is short belongs to the base.
+    side by side, in an order of its own. A last block that is short belongs to the base.
 
     Tensors: ``part<i>.<tensor>`` for every tensor of part i (the base is part 0), and ``places``
     int32 [K]: column c of the weight is column ``places[c]`` of all parts side by side.
@@ -172,7 +172,7 @@ class SplitFormat(Format):
 
         Args:
             parts: One for each of `formats`.
-            columns: Which columns of the weight they are, as `divide` gives them.
+            columns: Which columns of the weight they are, in any order.
             shape: Of the weight.
         """
         tensors = {
@@ -312,7 +312,9 @@ def side_by_side(node: object) -> tuple[list[fx.Node], fx.Node] | None:
     if not isinstance(joined, fx.Node) or joined.target != _aten.cat.default:
         return None
     operands, *dim = joined.args
-    return (list(operands), places) if dim == [-1] else None  # type: ignore[arg-type]
+    if dim != [-1] or not isinstance(operands, Sequence):
+        return None
+    return [operand for operand in operands if isinstance(operand, fx.Node)], places
 
 
 def _recognize(node: fx.Node) -> StoredWeight | None:

@@ -4,28 +4,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.formats.composite import (
+    check_name,
+    check_overflow_is_named,
+    encoded_as_declared,
+    float_program,
+    normal,
+    one_stored_weight,
+    quantized_program,
+)
 
-import qcompile as qc
-from qcompile.errors import ModelError, RecipeError
-from qcompile.formats import SparseFormat, parse_format, stored_weight
-from qcompile.passes.infra import Context
-from qcompile.passes.quantize.bits import count_bits
-from qcompile.passes.quantize.quantize_weights import QuantizeWeights
+from qcompile.errors import RecipeError
+from qcompile.formats import SparseFormat, parse_format
 
-aten = torch.ops.aten
 NAMES = ("int3-g16-asym/5%fp16", "int4/3xfp16", "nf4-g32-dq/1%fp16", "int2-g16+10%int4-g16/2%fp16")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_name_reads_back_as_an_equal_format(name):
-    format = parse_format(name)
-    assert isinstance(format, SparseFormat)
-    assert str(format) == name
-    assert parse_format(str(format)) == format
+    check_name(name, SparseFormat)
 
 
 @pytest.mark.parametrize(
@@ -39,11 +36,7 @@ def test_side_that_means_nothing_is_named(name):
 @settings(max_examples=40, deadline=None)
 @given(name=st.sampled_from(NAMES), columns=st.integers(33, 100), seed=st.integers(0, 99))
 def test_encode_gives_the_tensors_that_the_format_declares(name, columns, seed):
-    format = parse_format(name)
-    quantized = format.encode(normal(3, columns, seed=seed))
-    assert {name: (tuple(t.shape), t.dtype) for name, t in quantized.tensors.items()} == {
-        name: (spec.shape, spec.dtype) for name, spec in format.tensors((3, columns)).items()
-    }
+    quantized = encoded_as_declared(name, (3, columns), seed)
     rows = quantized.tensors["index"].tolist()
     assert all(row == sorted(set(row)) for row in rows)
 
@@ -73,26 +66,16 @@ def test_more_floats_than_numbers_are_refused():
 
 
 def test_outlier_beyond_float16_is_refused_by_name():
-    weight = normal(2, 16)
-    weight[0, 3] = 1e6
-    with pytest.raises(ModelError, match="'w' has values too large for fp16"):
-        parse_format("int4/1xfp16").encode(weight, name="w")
+    check_overflow_is_named("int4/1xfp16")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_is_one_in_the_program(name):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 24))
-    program, x = qc.capture(model, normal(5, 96)), normal(5, 96, seed=1)
-    weight = program.weights.materialize("0.weight")
-    QuantizeWeights(name).run(program, Context())
-    program.verify()
-    (linear,) = program.calls(aten.linear.default)
-    stored = stored_weight(linear.args[1])
-    assert (stored.name, stored.shape) == ("0.weight", (24, 96))
+    before, after = float_program(), quantized_program(name)
+    stored = one_stored_weight(after, name)
     assert stored.format.count(96) == parse_format(name).count(96)
-    (counted,) = [tensor for tensor in count_bits(program).tensors if tensor.quantized]
-    assert (counted.name, counted.bits) == ("0.weight", parse_format(name).stored_bits((24, 96)))
+    weight, bias = map(before.weights.materialize, ("0.weight", "0.bias"))
     decoded = parse_format(name).decode(parse_format(name).encode(weight))
-    expected = torch.nn.functional.linear(x, decoded, model[0].bias)
-    torch.testing.assert_close(program(x), expected, rtol=1e-6, atol=1e-6)
+    x = normal(5, 96, seed=1)
+    expected = torch.nn.functional.linear(x, decoded, bias)
+    torch.testing.assert_close(after(x), expected, rtol=1e-6, atol=1e-6)

@@ -4,15 +4,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.formats.composite import (
+    check_name,
+    check_overflow_is_named,
+    encoded_as_declared,
+    normal,
+    one_stored_weight,
+    quantized_program,
+)
 
-import qcompile as qc
-from qcompile.errors import ModelError, RecipeError
-from qcompile.formats import SplitFormat, parse_format, stored_weight
+from qcompile.errors import RecipeError
+from qcompile.formats import SplitFormat, parse_format
 from qcompile.formats.split import side_by_side
+from qcompile.ir.edit import Editor
 from qcompile.passes.infra import Context
 from qcompile.passes.lower.split_linears import SplitLinears
-from qcompile.passes.quantize.bits import count_bits
-from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 from qcompile.passes.quantize.split_inputs import regroup_input
 
 aten = torch.ops.aten
@@ -26,16 +32,9 @@ NAMES = (
 )
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_name_reads_back_as_an_equal_format(name):
-    format = parse_format(name)
-    assert isinstance(format, SplitFormat)
-    assert str(format) == name
-    assert parse_format(str(format)) == format
+    check_name(name, SplitFormat)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +58,8 @@ def test_sixteen_bits_alone_are_no_format():
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(NAMES), columns=st.integers(81, 200), seed=st.integers(0, 99))
 def test_encode_gives_the_tensors_that_the_format_declares(name, columns, seed):
-    format = parse_format(name)
-    quantized = format.encode(normal(3, columns, seed=seed))
-    assert {name: (tuple(t.shape), t.dtype) for name, t in quantized.tensors.items()} == {
-        name: (spec.shape, spec.dtype) for name, spec in format.tensors((3, columns)).items()
-    }
-    assert sum(format.widths(columns)) == columns
+    quantized = encoded_as_declared(name, (3, columns), seed)
+    assert sum(quantized.format.widths(columns)) == columns
     places = quantized.tensors["places"]
     assert sorted(places.tolist()) == list(range(columns))
 
@@ -122,33 +117,15 @@ def test_parts_that_take_everything_are_refused():
 
 
 def test_outlier_beyond_float16_is_refused_by_name():
-    weight = normal(2, 16)
-    weight[0, 3] = 1e6
-    with pytest.raises(ModelError, match="'w' has values too large for fp16"):
-        parse_format("int4+1xfp16").encode(weight, name="w")
+    weight = check_overflow_is_named("int4+1xfp16")
     format = parse_format("int4+1xbf16")
     assert format.decode(format.encode(weight))[0, 3] == pytest.approx(1e6, rel=2**-8)
 
 
-def quantized_program(name, bias=True):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 24, bias=bias))
-    program = qc.capture(model, normal(5, 96))
-    QuantizeWeights(name).run(program, Context())
-    return program
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_is_one_in_the_program(name):
-    program = quantized_program(name)
-    (linear,) = program.calls(aten.linear.default)
-    stored = stored_weight(linear.args[1])
-    assert (stored.name, stored.shape) == ("0.weight", (24, 96))
+    stored = one_stored_weight(quantized_program(name), name)
     assert stored.format.widths(96) == parse_format(name).widths(96)
-    counted = [tensor for tensor in count_bits(program).tensors if tensor.quantized]
-    assert [tensor.name for tensor in counted] == ["0.weight"]
-    assert counted[0].bits == parse_format(name).stored_bits((24, 96))
-    assert [t.name for t in count_bits(program).tensors if not t.quantized] == ["0.bias"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,8 +144,6 @@ def test_layer_is_the_sum_of_its_parts(name, bias):
 
 
 def test_regrouped_input_is_the_same_and_read_by_parts():
-    from qcompile.ir.edit import Editor
-
     program, x = quantized_program("int4+3xfp16"), normal(5, 96, seed=1)
     before = program(x)
     (linear,) = program.calls(aten.linear.default)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import RecipeError
-from qcompile.formats import parse_format
+from qcompile.formats import IntegerFormat, ScaleSearch, parse_format
 from qcompile.passes.quantize.methods import Task
 from qcompile.passes.quantize.methods.integer_learner import IntegerLearner, IntegerPlan
 
@@ -22,8 +22,8 @@ def weight() -> Tensor:
     return values
 
 
-def learner(name: str, plan: IntegerPlan, search: str = "absmax") -> IntegerLearner:
-    task = Task("w", weight(), parse_format(name), search)  # type: ignore[arg-type]
+def learner(name: str, plan: IntegerPlan, search: ScaleSearch = "absmax") -> IntegerLearner:
+    task = Task("w", weight(), parse_format(name), search)
     return IntegerLearner(task, plan, "a test")
 
 
@@ -47,14 +47,15 @@ def test_stored_weight_decodes_to_what_was_learned_with(name: str, plan: Integer
 
 @pytest.mark.parametrize("search", ["absmax", "mse"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_start_is_rounding_to_nearest(name: str, search: str) -> None:
+def test_start_is_rounding_to_nearest(name: str, search: ScaleSearch) -> None:
     format = parse_format(name)
+    assert isinstance(format, IntegerFormat)
     found = learner(name, ROUNDING, search)
-    expected = format.decode(format.encode(weight(), scale_search=search))  # type: ignore[arg-type]
+    expected = format.decode(format.encode(weight(), scale_search=search))
     error = (format.decode(found.finish(weight())) - weight()).square().sum()
     # Ends of asymmetric ranges that reach past all weights are taken back to them.
     assert error <= 1.05 * (expected - weight()).square().sum()
-    if format.symmetric:  # type: ignore[attr-defined]
+    if format.symmetric:
         same = (format.decode(found.finish(weight())) == expected).float().mean()
         assert same > 0.99  # but for scales that are another rounding of the same number
 
