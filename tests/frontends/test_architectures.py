@@ -11,6 +11,7 @@ from tests.frontends.tiny_models import (
     CORE,
     GROWING_ROPE,
     MORE,
+    STATES,
     TOLERANCE,
     WITHOUT_CACHE,
     decoded_logits,
@@ -119,7 +120,10 @@ DIRECTORIES = [
     ("mixtral", torch.bfloat16, "20KB"),
     ("gpt2", torch.float16, "1GB"),
     ("bert", torch.float32, "20KB"),
-    *(pytest.param(name, torch.bfloat16, "20KB", marks=pytest.mark.slow) for name in MORE),
+    *(
+        pytest.param(name, torch.bfloat16, "20KB", marks=pytest.mark.slow)
+        for name in (*MORE, *STATES)
+    ),
 ]
 
 
