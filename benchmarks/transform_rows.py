@@ -117,6 +117,12 @@ def _atq(precision: Precision) -> list[Step]:
     return [{"atq": {"weights": precision.weights, "activations": precision.activations}}]
 
 
+def _spinquant(precision: Precision) -> list[Step]:
+    trained = {"bits": int(precision.activations.removeprefix("int")), "weights": precision.weights}
+    plan = {"steps": SPINQUANT_STEPS, "batch_tokens": 512}
+    return [_ONLINE_ONLY, {"spinquant": {**trained, **plan}}]
+
+
 METHODS: Final[Mapping[str, Method]] = {
     "none": Method(_plain()),
     "smoothquant": Method(_smooth("smoothquant")),
@@ -127,9 +133,7 @@ METHODS: Final[Mapping[str, Method]] = {
     "quarot, gptq": Method(_plain({"rotate": {"online": ONLINE}}), rounding={"method": "gptq"}),
     "smoothquant, quarot": Method(_smooth_then({"rotate": {"online": ONLINE}})),
     "duquant": Method(_duquant),
-    "spinquant": Method(
-        _plain(_ONLINE_ONLY, {"spinquant": {"steps": SPINQUANT_STEPS, "batch_tokens": 512}})
-    ),
+    "spinquant": Method(_spinquant),
     "resq": Method(_plain(_ONLINE_ONLY, {"resq": {}}), kept="*.high"),
     "quip": Method(_plain({"quip": {}})),
     "rptq": Method(_plain({"rptq": {}}), by_cluster=True),

@@ -6,9 +6,11 @@ import torch
 
 from qcompile.analysis.families import Family
 from qcompile.analysis.sites import Site
+from qcompile.formats import parse_format
 from qcompile.ir.program import Program
 from qcompile.ir.types import Fact
 from qcompile.passes.infra import Context, Equivalent, Pass, PassResult, Skip
+from qcompile.passes.quantize.policy import FLOAT
 from qcompile.passes.transform.absorb import absorb
 from qcompile.passes.transform.rotate import rotation_sites
 from qcompile.passes.transform.values import Orthogonal, random_hadamard
@@ -19,8 +21,10 @@ class Spinquant(Pass):
     """Rotates the residual stream and the values of each layer by matrices that are learned.
 
     They start as randomized Hadamard matrices and go down the next-token loss of the model with
-    activations rounded per token, weights as they are: gradients run through the program itself,
-    and steps stay on the manifold of rotations. All rotations go into weights.
+    activations rounded per token: gradients run through the program itself, and steps stay on the
+    manifold of rotations. All rotations go into weights. These are left as they are in training,
+    for a method behind it that makes up for their rounding; name their format where they will be
+    rounded to the nearest.
 
     Train behind a `rotate` step that only leaves online Hadamard transforms, so that the loss is
     that of the model as it will run. The result's details say ``place, weights, rotation`` per
@@ -28,6 +32,7 @@ class Spinquant(Pass):
 
     Args:
         bits: Width that activations are rounded to in training.
+        weights: A format that weights of linears are rounded to in training, or ``"float"``.
         steps: Steps of one micro-batch each.
         rate: The largest step at the start.
         batch_tokens: Tokens per micro-batch; a window is not cut.
@@ -42,12 +47,14 @@ class Spinquant(Pass):
     def __init__(
         self,
         bits: int = 4,
+        weights: str = FLOAT,
         steps: int = 100,
         rate: float = 1.5,
         batch_tokens: int = 2048,
         seed: int = 0,
     ) -> None:
-        self._plan = TrainingPlan(bits, steps, rate)
+        rounded = None if weights == FLOAT else parse_format(weights)
+        self._plan = TrainingPlan(bits, rounded, steps, rate)
         self._batch_tokens = batch_tokens
         self._seed = seed
 

@@ -9,12 +9,15 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from qcompile.errors import ModelError
+from qcompile.formats import Format
 from qcompile.ir.interpreter import Interpreter
 from qcompile.ir.program import Program
 from qcompile.ir.types import Role
 from qcompile.kernels.quantize.reference import dynamic_scale
 from qcompile.passes.quantize.layers import LINEAR, output_projection
 from qcompile.passes.tune.fake_quantize import straight_through
+
+_TINY = 1e-30
 
 Weights = Callable[[str, Tensor], Tensor]
 """Makes of a weight's name and its numbers what the program computes with."""
@@ -38,8 +41,7 @@ class RoundedRun(Interpreter):
         super().__init__(program, cache=cache)
         self._bits = bits
         self._weights = weights
-        head = output_projection(program)
-        self._rounded = {linear for linear in program.calls(LINEAR) if linear is not head}
+        self._rounded = set(inner_linears(program))
 
     def run_node(self, n: fx.Node) -> object:
         """The value of one node, with its derivative."""
@@ -58,6 +60,28 @@ class RoundedRun(Interpreter):
     def get_attr(self, target: object, args: object, kwargs: object) -> Tensor:
         """A weight, as it is computed with."""
         return self._weights(str(target), super().get_attr(target, args, kwargs))
+
+
+def inner_linears(program: Program) -> list[fx.Node]:
+    """All linears but the one that makes the logits."""
+    head = output_projection(program)
+    return [linear for linear in program.calls(LINEAR) if linear is not head]
+
+
+def round_weight_straight_through(weight: Tensor, format: Format) -> Tensor:
+    """What a weight decodes to, whose derivative is the weight's.
+
+    Errors grow with the largest magnitude of their row, and have the derivative that follows: what
+    makes a row's range smaller makes its errors smaller.
+
+    Args:
+        weight: ``[N, K]`` floating.
+        format: Of its codes, which are the nearest.
+    """
+    plain = weight.detach().to(torch.float32)
+    error = (format.decode(format.encode(plain, name="weight")) - plain).to(weight.dtype)
+    reach = weight.abs().amax(dim=-1, keepdim=True)
+    return weight + error * (reach / reach.detach().clamp(min=_TINY))
 
 
 def round_straight_through(x: Tensor, bits: int) -> Tensor:

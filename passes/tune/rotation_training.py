@@ -10,14 +10,22 @@ import torch
 from torch import Tensor
 
 from qcompile.analysis.families import PortRole
+from qcompile.analysis.roles import weight_name
 from qcompile.analysis.sites import Site
+from qcompile.formats import Format
 from qcompile.ir.program import Program
 from qcompile.passes.tune.cayley import cayley_step
-from qcompile.passes.tune.differentiable import RoundedRun, next_token_loss
+from qcompile.passes.tune.differentiable import (
+    RoundedRun,
+    inner_linears,
+    next_token_loss,
+    round_weight_straight_through,
+)
 from qcompile.progress import Progress
 
 _JUDGED = 4
-"""Micro-batches on which rotations before and after are compared."""
+"""Micro-batches on which rotations before and after are compared, kept from training if there are
+more than twice as many."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +34,13 @@ class TrainingPlan:
 
     Attributes:
         bits: Width that activations are rounded to, per token.
+        weights: What weights are rounded to, to the nearest; None leaves them.
         steps: Micro-batches seen, one step each; data is repeated as often as it takes.
         rate: The largest step over the rotations, at the start; it falls to 0 along a cosine.
     """
 
     bits: int
+    weights: Format | None
     steps: int
     rate: float
 
@@ -60,8 +70,8 @@ def train_rotations(
 ) -> Trained:
     """Rotations of sites that lower the next-token loss of the model with rounded activations.
 
-    Weights stay as they are, but for the rotations; all blocks of a site share one. If training
-    does not lower the loss, the rotations are those at the start.
+    Weights stay as they are, but for the rotations and for rounding; all blocks of a site share
+    one. If training does not lower the loss, the rotations are those at the start.
 
     Args:
         program: A language model with bare norms; it is not changed.
@@ -74,14 +84,15 @@ def train_rotations(
     Raises:
         ModelError: The program is no language model, or its loss is not finite.
     """
-    model = _Rotated(program, sites, plan.bits)
-    judged = batches[:_JUDGED]
+    model = _Rotated(program, sites, plan)
+    judged = batches[-_JUDGED:]
+    seen = batches[:-_JUDGED] if len(batches) > 2 * _JUDGED else batches
     rotations = list(start)
     before = model.mean_loss(rotations, judged)
     progress.stage("train rotations", plan.steps)
     for step in range(plan.steps):
         rate = plan.rate * (1 + math.cos(math.pi * step / plan.steps)) / 2
-        gradients = model.gradients(rotations, batches[step % len(batches)])
+        gradients = model.gradients(rotations, seen[step % len(seen)])
         pairs = zip(rotations, gradients, strict=True)
         rotations = [cayley_step(rotation, gradient, rate) for rotation, gradient in pairs]
         progress.advance(1)
@@ -94,9 +105,10 @@ def train_rotations(
 class _Rotated:
     """A program as a function of the rotations of its sites."""
 
-    def __init__(self, program: Program, sites: Sequence[Site], bits: int) -> None:
+    def __init__(self, program: Program, sites: Sequence[Site], plan: TrainingPlan) -> None:
         self._program = program
-        self._bits = bits
+        self._plan = plan
+        self._inner = {weight_name(linear) for linear in inner_linears(program)}
         self._cache: dict[str, Tensor] = {}
         self._stretches: dict[str, list[tuple[int, int, int, int]]] = {}
         for index, site in enumerate(sites):
@@ -120,9 +132,11 @@ class _Rotated:
         def rotated(name: str, weight: Tensor) -> Tensor:
             for axis, start, size, index in self._stretches.get(name, ()):
                 weight = _rotate_stretch(weight, axis, start, size, rotations[index])
+            if self._plan.weights is not None and name in self._inner:
+                weight = round_weight_straight_through(weight, self._plan.weights)
             return weight
 
-        run = RoundedRun(self._program, self._bits, rotated, self._cache)
+        run = RoundedRun(self._program, self._plan.bits, rotated, self._cache)
         with torch.enable_grad():
             return next_token_loss(self._program, run, batch)
 

@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from qcompile.errors import QCompileError
 from qcompile.recipe_schema.values import (
+    FLOAT,
     ActivationFormatOrFloat,
     IntegerActivations,
     Pattern,
     StepOptions,
     WeightFormat,
+    WeightFormatOrFloat,
     complaint,
 )
 
@@ -98,6 +100,8 @@ class Spinquant(StepOptions):
 
     Attributes:
         bits: Width that activations are rounded to in training.
+        weights: The format that weights are rounded to in training: that of ``quantize_weights``
+            where it rounds to the nearest, ``"float"`` where its method looks at inputs.
         steps: Steps of one micro-batch each.
         rate: The largest step at the start; it falls along a cosine.
         batch_tokens: Tokens per micro-batch; a window is not cut.
@@ -105,6 +109,7 @@ class Spinquant(StepOptions):
     """
 
     bits: int = Field(default=4, ge=2, le=8)
+    weights: WeightFormatOrFloat = FLOAT
     steps: int = Field(default=100, ge=1)
     rate: float = Field(default=1.5, gt=0)
     batch_tokens: int = Field(default=2048, ge=2)

@@ -43,6 +43,21 @@ def test_training_lowers_the_loss_below_that_of_random_hadamard_matrices() -> No
     assert losses["loss_after"] < losses["loss_before"] - 0.05
 
 
+def test_training_sees_rounded_weights() -> None:
+    free, rounded = (
+        apply(tiny("llama"), *BARE, Spinquant(weights=format, steps=0), context=calibrated())[1]
+        for format in ("float", "int2")
+    )
+    assert rounded.details[-1]["loss_before"] != free.details[-1]["loss_before"]
+
+
+def test_training_lowers_the_loss_with_rounded_weights() -> None:
+    method = Spinquant(bits=8, weights="int3", steps=25)
+    _, result = apply(tiny("llama"), *BARE, method, context=calibrated(4, 32))
+    losses = result.details[-1]
+    assert losses["loss_after"] < losses["loss_before"] - 0.01
+
+
 def test_training_that_does_not_help_leaves_the_start() -> None:
     program = tiny("llama")
     still, result = apply(program, *BARE, Spinquant(steps=1, rate=0.0))
