@@ -8,6 +8,7 @@ from tests.formats.composite import (
     check_name,
     check_overflow_is_named,
     encoded_as_declared,
+    float_program,
     normal,
     one_stored_weight,
     quantized_program,
@@ -19,6 +20,8 @@ from qcompile.formats.split import side_by_side
 from qcompile.ir.edit import Editor
 from qcompile.passes.infra import Context
 from qcompile.passes.lower.split_linears import SplitLinears
+from qcompile.passes.quantize.layers import layer_weights
+from qcompile.passes.quantize.replace_weight import replace_weight
 from qcompile.passes.quantize.split_inputs import regroup_input
 
 aten = torch.ops.aten
@@ -141,6 +144,25 @@ def test_layer_is_the_sum_of_its_parts(name, bias):
     parts = len(parse_format(name).formats)
     assert len(list(program.calls(aten.linear.default))) == parts
     assert not list(program.calls(aten.cat.default))
+
+
+def test_columns_of_a_part_may_stand_in_any_order():
+    program, x = float_program(), normal(5, 96, seed=1)
+    format = parse_format("int2-g16-asym+1xint1-g16+1xint3-g16-asym")
+    columns = torch.randperm(96, generator=torch.Generator().manual_seed(2))
+    columns = columns.split(format.widths(96))
+    weight = program.weights.materialize("0.weight")
+    parts = [
+        part.encode(weight[:, chosen]) for part, chosen in zip(format.formats, columns, strict=True)
+    ]
+    quantized = format.join(parts, columns, tuple(weight.shape))
+    ((layer, *_), _) = layer_weights(program)
+    replace_weight(program, layer, quantized)
+    bias = program.weights.materialize("0.bias")
+    expected = torch.nn.functional.linear(x, format.decode(quantized), bias)
+    torch.testing.assert_close(program(x), expected, rtol=1e-6, atol=1e-6)
+    SplitLinears().run(program, Context())
+    torch.testing.assert_close(program(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_regrouped_input_is_the_same_and_read_by_parts():
