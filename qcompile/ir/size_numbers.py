@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ir.program import Program
-from qcompile.ir.sizes import expression
+from qcompile.ir.sizes import expression, is_symbolic
 from qcompile.ir.verify import size_identities
 
 _SIZES = (3, 5, 7, 11, 13, 17)
@@ -64,7 +64,7 @@ def filling_sizes(program: Program) -> dict[sympy.Symbol, int]:
         for node in program.graph.nodes
         if isinstance(value := node.meta.get("val"), Tensor)
         for size in value.shape
-        if isinstance(size, torch.SymInt)
+        if is_symbolic(size)
     }
     values = (size.subs(numbers) for size in sizes)
     if any(value.is_Integer and value < 1 for value in values):
