@@ -39,7 +39,13 @@ def measure(protocol: Protocol, kept: Path, method: str, setting: str) -> Measur
     row = ROWS[method]
     scorer = Scorer(protocol, kept)
     context = Context(calibration=Calibration(scorer.calibration()))
-    recipe = load_recipe(row.recipe(setting))
+    steps = row.recipe(setting)
+    if protocol.blocks is not None:
+        later = [name for name in scorer.program.weights if block_of(name) >= protocol.blocks]
+        for step in steps["steps"]:
+            if "quantize_weights" in step:
+                step["quantize_weights"]["ignore"] = later
+    recipe = load_recipe(steps)
     started, cpu = time.perf_counter(), time.process_time()
     quantized = PassManager(recipe_phases(recipe)).run(scorer.program, context)[0]
     minutes, cpu = (time.perf_counter() - started) / 60, (time.process_time() - cpu) / 60
@@ -61,6 +67,11 @@ def measure(protocol: Protocol, kept: Path, method: str, setting: str) -> Measur
     )
 
 
+def block_of(weight: str) -> int:
+    """The decoder block that a weight belongs to: the first number in its name, or -1."""
+    return next((int(part) for part in weight.split(".") if part.isdecimal()), -1)
+
+
 def made_by(method: str, setting: str) -> str:
     """Hash of a row's recipe."""
     return digest(ROWS[method].recipe(setting))
@@ -71,6 +82,8 @@ def measure_apart(options: argparse.Namespace, method: str, setting: str) -> Mea
     command = [sys.executable, __file__, "--one", method, setting]
     for name in ("text", "model", "samples", "length", "windows", "kept"):
         command += [f"--{name}", str(getattr(options, name))]
+    if options.blocks is not None:
+        command += ["--blocks", str(options.blocks)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -100,7 +113,12 @@ def main() -> None:
 def protocol_of(options: argparse.Namespace) -> Protocol:
     """What the arguments say is measured."""
     return Protocol(
-        options.model, str(options.text), options.samples, options.length, options.windows
+        options.model,
+        str(options.text),
+        options.samples,
+        options.length,
+        options.windows,
+        options.blocks,
     )
 
 
@@ -111,6 +129,7 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=128, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=512, help="tokens per window")
     parser.add_argument("--windows", type=int, default=16, help="windows to score")
+    parser.add_argument("--blocks", type=int, help="quantize the first of them only; default: all")
     parser.add_argument("--output", type=Path, default=Path("accuracy.json"), help="results")
     parser.add_argument("--kept", type=Path, help="float logits; default: beside --output")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))

@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--python", type=Path, required=True, help="of the peers' environment")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
     options = fill_defaults(parser.parse_args())
+    if options.blocks is not None:
+        parser.error("peers quantize whole models: leave --blocks out")
     protocol = protocol_of(options)
     results = Results(options.output, protocol.identity)
     scorer = Scorer(protocol, options.kept)

@@ -32,6 +32,7 @@ class Protocol:
         samples: Windows to calibrate on.
         length: Tokens per window, of both.
         windows: Windows to score.
+        blocks: How many of the decoder's blocks are quantized, from the first on; None: all.
     """
 
     model: str
@@ -39,17 +40,20 @@ class Protocol:
     samples: int = 128
     length: int = 512
     windows: int = 16
+    blocks: int | None = None
 
     @property
     def identity(self) -> dict[str, str | int]:
         """What figures must share to be compared."""
         digest = hashlib.sha256(Path(self.text).read_bytes()).hexdigest()[:16]
+        part = {} if self.blocks is None else {"blocks": self.blocks}
         return {
             "model": Path(self.model).name,
             "text": f"{Path(self.text).name} (sha256 {digest})",
             "samples": self.samples,
             "length": self.length,
             "windows": self.windows,
+            **part,
         }
 
 
