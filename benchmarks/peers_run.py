@@ -134,9 +134,16 @@ def _linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Linear]]:
     ]
 
 
+def _load(gguf: Path, folder: Path) -> PreTrainedModel:
+    """The model out of a directory of its own: peers look for its configuration beside it."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    folder = Path(model.name_or_path)
-    return AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    return AutoTokenizer.from_pretrained(model.name_or_path)
 
 
 def main() -> None:
@@ -149,9 +156,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, required=True, help="0: one scale per row")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model.parent, gguf_file=options.model.name, dtype=torch.float32
-    )
+    model = _load(options.model, options.out / "model")
     model.config.use_cache = False
     tokens = torch.from_numpy(np.load(options.tokens))
     started, cpu = time.perf_counter(), time.process_time()
