@@ -137,7 +137,11 @@ def _linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Linear]]:
 def _load(gguf: Path, folder: Path) -> PreTrainedModel:
     """The model out of a directory of its own: peers look for its configuration beside it."""
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model.hf_quantizer = None  # its weights are floats by now
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
