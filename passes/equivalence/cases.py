@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from qcompile.errors import EquivalenceError
 from qcompile.ir import size_numbers
 from qcompile.ir.program import Program
-from qcompile.ir.size_numbers import small_sizes
 from qcompile.ir.sizes import expression
 from qcompile.ir.types import Port, Role
 from qcompile.passes.equivalence.cache_basis import to_cache_basis
@@ -139,7 +138,7 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
             symbol = expression(size)
             if isinstance(symbol, sympy.Symbol) and number is not None:
                 symbols.setdefault(symbol, number)
-    sizes = Sizes(small_sizes(program, symbols))
+    sizes = Sizes(size_numbers.small_sizes(program, symbols))
     shapes = {node: sizes.shape(node.meta["val"]) for node, _ in ports}
     generator = torch.Generator().manual_seed(seed)
     has_mask = any(port.role is Role.ATTENTION_MASK for _, port in ports)
@@ -160,7 +159,9 @@ def _case(program: Program, seed: int, label: str, *, past: int, query: int, pad
 
 
 def _plain_case(program: Program, seed: int, traced_sizes: bool) -> Case:
-    sizes = Sizes(size_numbers.traced_sizes(program) if traced_sizes else small_sizes(program))
+    sizes = Sizes(
+        (size_numbers.traced_sizes if traced_sizes else size_numbers.small_sizes)(program)
+    )
     generator = torch.Generator().manual_seed(seed)
     values = {
         port.name: _random(node, sizes.shape(node.meta["val"]), generator)

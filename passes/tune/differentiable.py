@@ -18,6 +18,7 @@ from qcompile.passes.quantize.layers import LINEAR, output_projection
 from qcompile.passes.tune.fake_quantize import straight_through
 
 _TINY = 1e-30
+"""In place of 0 as a divisor, where a row has nothing to round."""
 
 Weights = Callable[[str, Tensor], Tensor]
 """Makes of a weight's name and its numbers what the program computes with."""

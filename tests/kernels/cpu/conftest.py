@@ -16,6 +16,7 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
+from qcompile.backends.onnx.run_errors import ORT_ERRORS
 from qcompile.errors import TargetError
 from qcompile.kernels.cpu import OPERATOR_DOMAIN, library_path
 
@@ -100,7 +101,7 @@ def runnable_isas(library: Path) -> tuple[str, ...]:
         patch.setenv(ISA_VARIABLE, "none")
         try:
             ort.SessionOptions().register_custom_ops_library(str(library))
-        except Exception as error:  # onnxruntime's pybind exceptions have no common base
+        except ORT_ERRORS as error:
             listed = re.search(r"this machine runs only: ([\w, ]+)", str(error))
             if listed is None:
                 raise

@@ -1,25 +1,12 @@
 #include "simd_avx2.h"
 // The vector type comes first.
-#include "attention.h"
-#include "cache_codec.h"
-#include "elementwise.h"
-#include "hadamard.h"
-#include "linear.h"
+#include "kernels.h"
 #include "panel_dots.h"
 // What follows uses it.
 #include "linear_panel.h"
-#include "vector_linear.h"
 
 namespace qcompile::cpu {
 
-const KernelTable kAvxVnniKernels = {
-    "avxvnni",       QuantizeActivations,
-    LinearInt8,      LinearFloat,
-    &kPanelKernels,  nullptr,
-    LinearVectors,   Attention,
-    EncodeCacheRow,  DecodeCacheRows,
-    PackKeys,        RmsNorm,
-    GatedActivation, Hadamard,
-};
+const KernelTable kAvxVnniKernels = Kernels("avxvnni", &kPanelKernels);
 
 }  // namespace qcompile::cpu

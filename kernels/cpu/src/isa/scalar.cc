@@ -1,22 +1,9 @@
 #include "simd_scalar.h"
 // The vector type comes first.
-#include "attention.h"
-#include "cache_codec.h"
-#include "elementwise.h"
-#include "hadamard.h"
-#include "linear.h"
-#include "vector_linear.h"
+#include "kernels.h"
 
 namespace qcompile::cpu {
 
-const KernelTable kScalarKernels = {
-    "scalar",        QuantizeActivations,
-    LinearInt8,      LinearFloat,
-    nullptr,         nullptr,
-    LinearVectors,   Attention,
-    EncodeCacheRow,  DecodeCacheRows,
-    PackKeys,        RmsNorm,
-    GatedActivation, Hadamard,
-};
+const KernelTable kScalarKernels = Kernels("scalar");
 
 }  // namespace qcompile::cpu
