@@ -45,6 +45,9 @@ HIGGS: Final = {
     "w2-g64": "higgs4x256-g64",
 }
 FP4: Final = {"w4": "fp4", "w4-g64": "fp4-g64"}
+INTEGER_SCALES: Final = {
+    setting: f"{format}-intscale" for setting, format in SYMMETRIC.items() if setting != "w4"
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ ROWS: Final[Mapping[str, Row]] = {
     "gptq": weights(SYMMETRIC, **_GPTQ),
     "gptq-asym": weights(ASYMMETRIC, **_GPTQ),
     "gptq-plain": weights(SYMMETRIC, method="gptq", options={"weigh_scales": False}),
+    "gptq-intscale": weights(INTEGER_SCALES, **_GPTQ),
+    "awq": weights(
+        ASYMMETRIC,
+        before=({"smooth": {"method": "awq", "weights": FORMAT, "activations": "float"}},),
+        method="awq_clip",
+    ),
     "magr": weights(SYMMETRIC, **{**_GPTQ, "method": "magr"}),
     "nf4": weights({"w4": "nf4", "w4-g64": "nf4-g64"}),
     "nf4-dq": weights({"w4-g64": "nf4-g64-dq"}),
