@@ -39,7 +39,11 @@ def awq(model: PreTrainedModel, tokens: torch.Tensor, bits: int, group: int) -> 
     """AWQ of llmcompressor, asymmetric; its smoothing changes norms as well."""
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
 
+    if not torch.accelerator.is_available():
+        # It pins memory for copies to an accelerator, which raises where there is none.
+        IntermediatesCache.pin_memory = lambda *_: None
     scheme = _scheme(bits, group, symmetric=False)
     quantize = QuantizationModifier(config_groups={"all": scheme}, ignore=["lm_head"])
     return _oneshot(model, tokens, [AWQModifier(duo_scaling="both"), quantize])
@@ -61,7 +65,7 @@ def hqq(model: PreTrainedModel, tokens: torch.Tensor, bits: int, group: int) -> 
 
 
 def autoround(model: PreTrainedModel, tokens: torch.Tensor, bits: int, group: int) -> Weights:
-    """SignRound of auto-round at its defaults, 200 steps, symmetric."""
+    """SignRound of auto-round, symmetric, in as many steps and windows as the row `signround`."""
     from auto_round import AutoRound
     from auto_round.schemes import QuantizationScheme
 
@@ -75,6 +79,8 @@ def autoround(model: PreTrainedModel, tokens: torch.Tensor, bits: int, group: in
         dataset=list(tokens.split(1)),
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
+        iters=100,
+        batch_size=2,
         device_map="cpu",
     )
     quantized, _ = rounder.quantize()
