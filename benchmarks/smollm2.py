@@ -392,7 +392,7 @@ def nbits_tensors(packed: Any, attributes: dict[str, Any]) -> dict[str, np.ndarr
     layout = WeightLayout(
         bits,
         attributes["group_size"],
-        bool(attributes["has_zero_point"]),
+        "uint8" if attributes["has_zero_point"] else None,
         SCALE_DTYPES[attributes["scale_dtype"]],
     )
     unpacked = unpack_linear(onnx.numpy_helper.to_array(packed), n, k, layout)

@@ -252,13 +252,13 @@ def _near(format: Format) -> Iterator[Format]:
         width = code_bits(format.table)
         format = IntegerFormat(max(width, 2), format.group_size)
     if isinstance(format, IntegerScaleFormat):
-        format = IntegerFormat(format.bits, format.group_size, format.symmetric)
+        format = replace(format.base, scale_dtype=IntegerFormat(8).scale_dtype)
     if isinstance(format, IntegerFormat):
         scales = dict.fromkeys((format.scale_dtype, IntegerFormat(8).scale_dtype))
         for bits in (*range(format.bits, 9), *range(format.bits - 1, 0, -1)):
             for group_size in _near_groups(format.group_size):
                 for scale in scales:
-                    yield IntegerFormat(bits, group_size, format.symmetric, scale)
+                    yield replace(format, bits=bits, group_size=group_size, scale_dtype=scale)
 
 
 def _near_groups(group_size: int) -> list[int]:

@@ -7,6 +7,7 @@ from typing import get_args
 from qcompile.formats import Format, IntegerFormat, IntegerScaleFormat, LookupFormat, VectorFormat
 from qcompile.formats.scales import FloatScale
 from qcompile.kernels.cpu.layout import SCALE_DTYPES, Coding, ScaleDtype, WeightLayout
+from qcompile.kernels.cpu.weight_layout import ZeroDtype
 from qcompile.kernels.lookup.levels import code_bits
 
 _GROUP_UNIT = 16
@@ -31,10 +32,10 @@ def layout_of(format: Format) -> WeightLayout:
     if isinstance(format, IntegerFormat):
         scale_dtype = _SCALE_NAMES[str(format.scale_dtype)]
         return WeightLayout(
-            format.bits, format.group_size, not format.symmetric, scale_dtype, "integer"
+            format.bits, format.group_size, _zero_dtype(format), scale_dtype, "integer"
         )
     if isinstance(format, IntegerScaleFormat):
-        zeros = not format.symmetric
+        zeros = _zero_dtype(format.base)
         return WeightLayout(format.bits, format.group_size, zeros, "uint8", "integer")
     assert isinstance(format, LookupFormat)
     scales = format.scales
@@ -42,8 +43,14 @@ def layout_of(format: Format) -> WeightLayout:
     # Tables that are not the kernels' own are looked up in levels that the weight brings along.
     coding = _CODINGS.get(format.table, "table")
     return WeightLayout(
-        code_bits(format.table), format.group_size, False, _SCALE_NAMES[name], coding
+        code_bits(format.table), format.group_size, None, _SCALE_NAMES[name], coding
     )
+
+
+def _zero_dtype(format: IntegerFormat) -> ZeroDtype | None:
+    if format.symmetric:
+        return None
+    return "float16" if format.has_float_zero_points else "uint8"
 
 
 _CODINGS: dict[str, Coding] = {

@@ -3,7 +3,7 @@
 1. ``linear(x, dequantize(W), b)``  =>  ``MatMul(x, DequantizeLinear(W[K, N])) + b``, in blocks
    along K; run times fuse the two.
 2. the same with `x` rounded to int8 per token, and one scale of 8-bit codes per column  =>
-   ``MatMulInteger`` of unsigned codes, scaled afterwards.
+   ``MatMulInteger`` of unsigned codes, scaled afterwards; unless zero points are floats.
 3. ``embedding(dequantize(W), ids)``  =>  ``Gather`` of packed rows, unpacked and decoded.
 4. the same of weights that are looked up in a table: see `stored_levels`.
 5. ``dequantize(quantize(x, s))`` with a stored scale per tensor  =>  ``QuantizeLinear`` and, before
@@ -68,9 +68,13 @@ def _multiplies_integers(rounded: RoundedInput, stored: StoredCodes) -> bool:
         rounded.is_dynamic
         and rounded.bits == 8
         and rounded.groups == 1
-        and stored.groups == 1
-        and stored.container == 8
+        and _has_byte_columns(stored)
     )
+
+
+def _has_byte_columns(stored: StoredCodes) -> bool:
+    """Whether a weight is bytes, with one scale per column and whole zero points."""
+    return stored.groups == 1 and stored.container == 8 and not stored.has_float_zero_points
 
 
 def _integer_product(b: Builder, rounded: RoundedInput, stored: StoredCodes) -> ir.Value:
@@ -164,7 +168,7 @@ def _multiplies_bytes(user: fx.Node) -> bool:
     if user.target is not aten.linear.default:
         return False
     stored = StoredCodes.behind(user.args[1])
-    return stored is not None and stored.groups == 1 and stored.container == 8
+    return stored is not None and _has_byte_columns(stored)
 
 
 def _scalar(b: Builder, node: fx.Node) -> ir.Value:

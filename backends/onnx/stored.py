@@ -2,7 +2,8 @@
 
 Codes of up to 4 bits stand in 4-bit elements, wider ones in bytes: standard operators multiply by
 no others. Symmetric codes become signed ones around 0, which need no zero point; asymmetric ones
-keep their zero points. Scales keep the type that they are stored in.
+keep their zero points. Scales keep the type that they are stored in. `DequantizeLinear` takes no
+zero points that are floats: they are subtracted behind it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class StoredCodes:
     Attributes:
         codes: Name of the codes, ``[..., K]`` uint8, in the program's store.
         scale: The scales, ``[..., G]``: stored, or computed from what is.
-        zero_point: Name of the zero points, ``[..., G]`` uint8; None: ``2^(bits-1)`` everywhere.
+        zero_point: Name of the zero points, ``[..., G]``; None: ``2^(bits-1)`` everywhere.
+        has_float_zero_points: Whether they are float16, and not uint8.
         bits: Width of a code.
         placement: The matrix that it stands for.
     """
@@ -74,6 +76,7 @@ class StoredCodes:
     codes: str
     scale: fx.Node
     zero_point: str | None
+    has_float_zero_points: bool
     bits: int
     placement: Placement
 
@@ -97,6 +100,7 @@ class StoredCodes:
             str(tensors["codes"].target),
             scale,
             None if zero_point is None else str(zero_point.target),
+            isinstance(format, IntegerFormat) and format.has_float_zero_points,
             format.bits,
             placement,
         )
@@ -129,6 +133,15 @@ class StoredCodes:
 
 def decoded_codes(b: Builder, stored: StoredCodes) -> ir.Value:
     """The weight as ``[K, N]`` float32, decoded at run time."""
+    if stored.has_float_zero_points:
+        one = b.constant(1.0, _FLOAT)
+        steps = b.op("DequantizeLinear", matrix_codes(b, stored), one, dtype=_FLOAT)
+        shape, arrange = _by_column(stored)
+        spec = TensorSpec(shape, torch.float16)
+        assert stored.zero_point is not None
+        zeros = b.cast(b.arranged_weight(stored.zero_point, "matrix", spec, arrange), _FLOAT)
+        moved = b.op("Sub", steps, along_k(b, zeros, stored.placement))
+        return b.op("Mul", moved, along_k(b, matrix_scale(b, stored), stored.placement))
     zero_point = matrix_zero_point(b, stored, stored.container)
     operands = (matrix_codes(b, stored), matrix_scale(b, stored), zero_point)
     # One for each product: run times fuse the two only where nothing else reads the first.
@@ -186,8 +199,16 @@ def computed_scale(b: Builder, node: fx.Node, placement: Placement) -> ir.Value:
     return b.op("Reshape", scale, [placement.groups, placement.shape[0]])
 
 
+def along_k(b: Builder, per_group: ir.Value, placement: Placement) -> ir.Value:
+    """``[G, N]`` as ``[K, N]``; ``[N]``, one for each column, as it is."""
+    if placement.groups == 1:
+        return per_group
+    places = [row // placement.group_size for row in range(placement.shape[1])]
+    return b.op("Gather", per_group, b.constant(places, ir.DataType.INT64), axis=0)
+
+
 def matrix_zero_point(b: Builder, stored: StoredCodes, container: int) -> ir.Value | None:
-    """The zero points, shaped as the scales, in elements of a width; None if symmetric."""
+    """The zero points, which are codes, shaped as the scales, in elements of a width; or None."""
     if stored.zero_point is None:
         return None
     shape, arrange = _by_column(stored)

@@ -21,6 +21,7 @@ from qcompile.backends.onnx.dialect_float import FLOAT8_TYPES
 from qcompile.backends.onnx.dialect_lookup import look_up
 from qcompile.backends.onnx.stored import (
     Placement,
+    along_k,
     computed_scale,
     pack_nibbles,
     pack_rows,
@@ -160,10 +161,7 @@ def _looked_up_matrix(
     else:
         spec = TensorSpec((k, n), torch.uint8)
         codes = b.arranged_weight(_codes(weight), "transposed", spec, placement.turned)
-    if placement.groups > 1:
-        places = b.constant([row // placement.group_size for row in range(k)], ir.DataType.INT64)
-        scale = b.op("Gather", scale, places, axis=0)
-    return b.op("Mul", look_up(b, codes, format.table), scale)
+    return b.op("Mul", look_up(b, codes, format.table), along_k(b, scale, placement))
 
 
 def _codes(weight: StoredWeight) -> str:

@@ -6,7 +6,7 @@ One format serves every instruction set, and is memory-mapped as it is:
     outer scales, float32: 16 times the weight's, or one per column of a block
     [ceil(N / 16) column blocks][G groups] {
       16 scales in the scale type
-      16 zero points (uint8), if the weight has them
+      16 zero points (uint8, or float16), if the weight has them
       codes: 16 * bits bytes for every 8 k
     }
 
@@ -48,7 +48,7 @@ from qcompile.kernels.cpu.pack_scales import (
     is_coded,
     scale_width,
 )
-from qcompile.kernels.cpu.weight_layout import CODINGS, Coding, WeightLayout
+from qcompile.kernels.cpu.weight_layout import CODINGS, Coding, WeightLayout, ZeroDtype
 
 __all__ = [
     "CODINGS",
@@ -80,14 +80,14 @@ class UnpackedLinear:
     Attributes:
         codes: [N, K] uint8.
         scale: [N, G] float32, or uint8 codes.
-        zero_point: [N, G] uint8, or None.
+        zero_point: [N, G] uint8 or float32, or None.
         levels: [2^bits] float32, or None.
         outer_scale: [1] or [N] float32, or None.
     """
 
     codes: _Bytes
     scale: _Floats | _Bytes
-    zero_point: _Bytes | None
+    zero_point: _Floats | _Bytes | None
     levels: _Floats | None
     outer_scale: _Floats | None
 
@@ -104,7 +104,7 @@ def packed_size(n: int, k: int, layout: WeightLayout) -> int:
 def pack_linear(
     codes: _Bytes,
     scale: npt.NDArray[np.floating] | _Bytes,
-    zero_point: _Bytes | None = None,
+    zero_point: npt.NDArray[np.floating] | _Bytes | None = None,
     *,
     bits: int,
     group_size: int,
@@ -119,8 +119,8 @@ def pack_linear(
         codes: [N, K] uint8, each below 2**bits.
         scale: [N, G], floats that `scale_dtype` holds exactly, for which codes were chosen; or
             uint8 codes of such a type.
-        zero_point: [N, G] uint8, each below 2**bits; 2**(bits - 1) everywhere when absent. Of
-            integers only.
+        zero_point: [N, G] uint8, each below 2**bits, or floats that float16 holds exactly;
+            2**(bits - 1) everywhere when absent. Of integers only.
         bits: 1 to 8.
         group_size: weights per scale along K, a multiple of 16; 0 for one group per row. The last
             group may be short.
@@ -133,36 +133,30 @@ def pack_linear(
         The packed bytes, [packed_size(...)] uint8.
 
     Raises:
-        ValueError: shapes, codes or options do not fit together, or a scale would be rounded.
+        ValueError: shapes, codes or options do not fit together, or a scale or a zero point would
+            be rounded.
     """
     if codes.ndim != 2 or codes.dtype != np.uint8:
         raise ValueError(f"codes must be [N, K] uint8, not {codes.dtype} {list(codes.shape)}")
     n, k = codes.shape
-    layout = WeightLayout(bits, group_size, zero_point is not None, scale_dtype, coding)
+    layout = WeightLayout(bits, group_size, _zero_dtype(zero_point), scale_dtype, coding)
     geometry = _Geometry.of(n, k, layout)
     if scale.shape != (n, geometry.groups):
         raise ValueError(f"scale has shape {list(scale.shape)} instead of {[n, geometry.groups]}")
     _check_codes("codes", codes, bits, coding)
-    if zero_point is not None:
-        if zero_point.shape != scale.shape or zero_point.dtype != np.uint8:
-            raise ValueError(
-                f"zero_point must be {list(scale.shape)} uint8, "
-                f"not {zero_point.dtype} {list(zero_point.shape)}"
-            )
-        _check_codes("zero_point", zero_point, bits)
-
+    zero_bytes = None if zero_point is None else _encode_zeros(zero_point, scale.shape, bits)
     scale_bytes = encode_scales(scale, scale_dtype)
-    padded = geometry.pad_codes(codes, zero_point)
+    padded = geometry.pad_codes(codes, zero_point if layout.zero_dtype == "uint8" else None)
     out = np.empty(geometry.bytes, np.uint8)
     prefix = np.concatenate((geometry.pad_levels(levels), geometry.pad_outer(outer_scale)))
     out[: geometry.prefix_bytes] = prefix.astype("<f4").view(np.uint8)
     for span, view in geometry.spans(out):
         header = geometry.scale_bytes
         view[:, :, :header] = geometry.by_block(scale_bytes[:, span.groups])
-        if zero_point is not None:
-            view[:, :, header : header + COLUMNS] = geometry.by_block(zero_point[:, span.groups])
-            header += COLUMNS
-        geometry.packing.fill(view[:, :, header:], padded[:, span.columns])
+        if zero_bytes is not None:
+            zeros = geometry.by_block(zero_bytes[:, span.groups])
+            view[:, :, header : geometry.header_bytes] = zeros
+        geometry.packing.fill(view[:, :, geometry.header_bytes :], padded[:, span.columns])
     return out
 
 
@@ -181,16 +175,16 @@ def unpack_linear(packed: _Bytes, n: int, k: int, layout: WeightLayout) -> Unpac
     codes = np.empty((rows, geometry.padded_k), np.uint8)
     scale_type = np.uint8 if is_coded(layout.scale_dtype) else np.float32
     scale = np.empty((rows, geometry.groups), scale_type)
-    zero_point = np.empty((rows, geometry.groups), np.uint8) if layout.has_zero_point else None
+    zero_type = np.uint8 if layout.zero_dtype == "uint8" else np.float32
+    zero_point = None if layout.zero_dtype is None else np.empty((rows, geometry.groups), zero_type)
     for span, view in geometry.spans(packed):
-        header = geometry.scale_bytes
-        stored = view[:, :, :header].reshape(geometry.blocks, -1, COLUMNS, header // COLUMNS)
-        by_row = np.ascontiguousarray(stored.transpose(0, 2, 1, 3)).reshape(rows, -1)
-        scale[:, span.groups] = decode_scales(by_row, layout.scale_dtype)
+        header = geometry.header_bytes
+        scales = geometry.by_row(view[:, :, : geometry.scale_bytes])
+        scale[:, span.groups] = decode_scales(scales, layout.scale_dtype)
         if zero_point is not None:
-            zeros = view[:, :, header : header + COLUMNS].transpose(0, 2, 1)
-            zero_point[:, span.groups] = zeros.reshape(rows, -1)
-            header += COLUMNS
+            assert layout.zero_dtype is not None
+            zeros = geometry.by_row(view[:, :, geometry.scale_bytes : header])
+            zero_point[:, span.groups] = decode_scales(zeros, layout.zero_dtype)
         columns = span.columns.stop - span.columns.start
         length = columns // (span.groups.stop - span.groups.start)
         codes[:, span.columns] = geometry.packing.read(view[:, :, header:], length)
@@ -266,7 +260,8 @@ class _Geometry:
 
     @property
     def header_bytes(self) -> int:
-        return self.scale_bytes + (COLUMNS if self.layout.has_zero_point else 0)
+        zero_dtype = self.layout.zero_dtype
+        return self.scale_bytes + (0 if zero_dtype is None else COLUMNS * scale_width(zero_dtype))
 
     @property
     def block_bytes(self) -> int:
@@ -295,8 +290,10 @@ class _Geometry:
             result.append((_Span(slice(full, full + 1), slice(columns, self.padded_k)), view))
         return result
 
-    def pad_codes(self, codes: _Bytes, zero_point: _Bytes | None) -> _Bytes:
-        """Codes as [16 * blocks, padded_k]."""
+    def pad_codes(
+        self, codes: _Bytes, zero_point: npt.NDArray[np.floating] | _Bytes | None
+    ) -> _Bytes:
+        """Codes as [16 * blocks, padded_k]; a zero point is the code of 0, or None."""
         rows = self.blocks * COLUMNS
         if codes.shape == (rows, self.padded_k):
             return np.ascontiguousarray(codes)
@@ -346,8 +343,41 @@ class _Geometry:
         by_group: _Bytes = blocked.transpose(0, 2, 1, 3)
         return by_group.reshape(self.blocks, per_row.shape[1], -1)
 
+    def by_row(self, by_group: _Bytes) -> _Bytes:
+        """[blocks, groups, 16 * bytes] to [16 * blocks, groups * bytes]."""
+        parts = by_group.reshape(self.blocks, by_group.shape[1], COLUMNS, -1)
+        rows = np.ascontiguousarray(parts.transpose(0, 2, 1, 3))
+        return rows.reshape(self.blocks * COLUMNS, -1)
 
-def _check_codes(name: str, values: _Bytes, bits: int, coding: Coding = "integer") -> None:
+
+def _zero_dtype(zero_point: npt.NDArray[np.floating] | _Bytes | None) -> ZeroDtype | None:
+    if zero_point is None:
+        return None
+    return "float16" if np.issubdtype(zero_point.dtype, np.floating) else "uint8"
+
+
+def _encode_zeros(
+    zero_point: npt.NDArray[np.floating] | _Bytes, shape: tuple[int, ...], bits: int
+) -> _Bytes:
+    """[N, G] zero points to [N, G, bytes]."""
+    dtype = _zero_dtype(zero_point)
+    if zero_point.shape != shape or (dtype == "uint8" and zero_point.dtype != np.uint8):
+        raise ValueError(
+            f"zero_point must be {list(shape)} uint8 or floats, "
+            f"not {zero_point.dtype} {list(zero_point.shape)}"
+        )
+    assert dtype is not None
+    if dtype == "uint8":
+        _check_codes("zero_point", zero_point, bits)
+    return encode_scales(zero_point, dtype, name="zero_point")
+
+
+def _check_codes(
+    name: str,
+    values: npt.NDArray[np.floating] | _Bytes,
+    bits: int,
+    coding: Coding = "integer",
+) -> None:
     largest = 2 if coding == "ternary" else (1 << bits) - 1
     if values.size and int(values.max()) > largest:
         kind = "ternary digits" if coding == "ternary" else f"{bits} bits"

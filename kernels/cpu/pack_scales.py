@@ -30,8 +30,10 @@ def is_coded(scale_dtype: ScaleDtype) -> bool:
     return scale_dtype not in _WIDTHS
 
 
-def encode_scales(scale: npt.NDArray[np.floating] | _Bytes, scale_dtype: ScaleDtype) -> _Bytes:
-    """[N, G] scales, or their codes, to [N, G, bytes].
+def encode_scales(
+    scale: npt.NDArray[np.floating] | _Bytes, scale_dtype: ScaleDtype, name: str = "scale"
+) -> _Bytes:
+    """[N, G] scales, or their codes, to [N, G, bytes]; messages call them `name`.
 
     Raises:
         ValueError: Floats would be rounded, or codes are no bytes.
@@ -55,8 +57,8 @@ def encode_scales(scale: npt.NDArray[np.floating] | _Bytes, scale_dtype: ScaleDt
     if wrong.any():
         row, group = (int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"scale[{row}, {group}] = {scale[row, group]!r} is no {scale_dtype}: "
-            "round scales before codes are chosen"
+            f"{name}[{row}, {group}] = {scale[row, group]!r} is no {scale_dtype}: "
+            f"round {name}s before codes are chosen"
         )
     return stored
 

@@ -18,7 +18,9 @@ CODINGS: dict[Coding, tuple[int, ...]] = {
 }
 """What codes can stand for, and how many bits they may then have."""
 
-_ZERO_POINTS = "zeros"
+ZeroDtype = Literal["uint8", "float16"]
+_ZERO_POINTS: dict[ZeroDtype | None, str] = {None: "", "uint8": "-zeros", "float16": "-zeros16"}
+"""How the text of a layout ends."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class WeightLayout:
     Attributes:
         bits: Of the codes, 1 to 8.
         group_size: Weights per scale along K, a multiple of 16; 0 is one group per row.
-        has_zero_point: Whether there are zero points; integers only.
+        zero_dtype: How zero points are stored, of integers only: as codes, or as floats; None where
+            there are none.
         scale_dtype: How scales are stored.
         coding: What codes stand for.
 
@@ -41,7 +44,7 @@ class WeightLayout:
 
     bits: int
     group_size: int
-    has_zero_point: bool = False
+    zero_dtype: ZeroDtype | None = None
     scale_dtype: ScaleDtype = "float16"
     coding: Coding = "integer"
 
@@ -54,12 +57,14 @@ class WeightLayout:
             raise ValueError(f"group_size = {self.group_size} is neither 0 nor a multiple of 16")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype = {self.scale_dtype!r} is none of {SCALE_DTYPES}")
-        if self.has_zero_point and self.coding != "integer":
+        if self.zero_dtype not in _ZERO_POINTS:
+            raise ValueError(f"zero_dtype = {self.zero_dtype!r} is none of {tuple(_ZERO_POINTS)}")
+        if self.zero_dtype is not None and self.coding != "integer":
             raise ValueError(f"codes of the coding {self.coding!r} have no zero points")
 
     def __str__(self) -> str:
         parts = [self.coding, str(self.bits), f"g{self.group_size}", self.scale_dtype]
-        return "-".join([*parts, _ZERO_POINTS] if self.has_zero_point else parts)
+        return "-".join(parts) + _ZERO_POINTS[self.zero_dtype]
 
     @staticmethod
     def parse(text: str) -> WeightLayout:
@@ -70,11 +75,14 @@ class WeightLayout:
         """
         codings = {str(name): name for name in CODINGS}
         scales = {str(name): name for name in SCALE_DTYPES}
-        found = re.fullmatch(rf"(\w+)-(\d)-g(\d+)-(\w+?)(-{_ZERO_POINTS})?", text)
-        if found is None or found[1] not in codings or found[4] not in scales:
+        zeros = {end: dtype for dtype, end in _ZERO_POINTS.items()}
+        found = re.fullmatch(r"(\w+)-(\d)-g(\d+)-([a-z0-9]+)(|-\w+)", text)
+        if found is None:
             raise ValueError(f"{text!r} describes no packed weight")
-        bits, group_size, has_zero_point = int(found[2]), int(found[3]), found[5] is not None
-        return WeightLayout(bits, group_size, has_zero_point, scales[found[4]], codings[found[1]])
+        coding, bits, group_size, scale, end = found.groups()
+        if coding not in codings or scale not in scales or end not in zeros:
+            raise ValueError(f"{text!r} describes no packed weight")
+        return WeightLayout(int(bits), int(group_size), zeros[end], scales[scale], codings[coding])
 
     @property
     def multiplies_bytes(self) -> bool:
@@ -86,7 +94,8 @@ class WeightLayout:
         return {
             "bits": self.bits,
             "group_size": self.group_size,
-            "has_zero_point": int(self.has_zero_point),
+            "has_zero_point": int(self.zero_dtype is not None),
+            "float_zero_point": int(self.zero_dtype == "float16"),
             "scale_dtype": SCALE_DTYPES.index(self.scale_dtype),
             "coding": self.coding,
         }

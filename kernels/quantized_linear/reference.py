@@ -36,7 +36,7 @@ def quantized_linear(
         packed: Codes in the layout of `qcompile.kernels.quantized_linear.layout`,
             ``[blocks, N, 32]`` uint8.
         scale: ``[G, N]`` floating.
-        zero_point: ``[G, N]`` uint8, or None: ``2 ** (bits - 1)`` everywhere.
+        zero_point: ``[G, N]`` uint8 or float16, or None: ``2 ** (bits - 1)`` everywhere.
         bias: ``[N]``, or None.
         k: Input features.
         bits: Of the codes, 1 to 8.

@@ -159,7 +159,7 @@ def quantized_linear_kernel(  # type: ignore[no-untyped-def]
     x,  # [m, k], contiguous
     packed,  # [blocks, n, PART] uint8
     scale,  # [GROUPS, n]
-    zero_point,  # [GROUPS, n] uint8 or None
+    zero_point,  # [GROUPS, n] uint8, float16 or None
     bias,  # [n] or None
     out,  # [SPLITS, m, n]
     m,

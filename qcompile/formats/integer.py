@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,9 @@ from qcompile.ir.weights import TensorSpec
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.quantize.groups import group_count
 
+FLOAT_ZERO_POINTS = "asym16"
+"""How the name of a format says that zero points are 16-bit floats."""
+
 
 @dataclass(frozen=True)
 class IntegerFormat(ScalarFormat):
@@ -27,12 +30,17 @@ class IntegerFormat(ScalarFormat):
     2^(bits-1), so that the lowest code has no opposite; a scale may then be *negative*, which
     puts that extra level on the side where the group needs it.
 
+    Zero points are codes, so that 0 is one of the values; or 16-bit floats (Badri and Shaji 2023,
+    HQQ), with which the grid of a group lies wherever its weights do.
+
     Attributes:
         bits: Width of a code, 1 to 8.
         group_size: Weights that share a scale, along the last axis; the last group of a row may
             be short. 0 is one group per row (per output channel).
         symmetric: Whether zero points are absent.
         scale_dtype: float16, bfloat16 or float32. Codes are chosen after scales are rounded to it.
+        zero_dtype: Of the zero points, where there are any: uint8, whole numbers of as many bits as
+            the codes, or float16.
 
     Raises:
         RecipeError: If a field is out of its range.
@@ -42,6 +50,7 @@ class IntegerFormat(ScalarFormat):
     group_size: int = 0
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.float16
+    zero_dtype: torch.dtype = torch.uint8
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -58,6 +67,18 @@ class IntegerFormat(ScalarFormat):
             raise RecipeError(
                 f"scales are stored as {', '.join(SCALE_DTYPES)}, not as {self.scale_dtype}"
             )
+        if self.zero_dtype not in (torch.uint8, torch.float16):
+            raise RecipeError(f"zero points are uint8 or float16, not {self.zero_dtype}")
+        if self.symmetric and self.has_float_zero_points:
+            raise RecipeError(
+                "symmetric formats have no zero points to store as floats",
+                remedy=f"write a format such as int4-g64-{FLOAT_ZERO_POINTS}",
+            )
+
+    @property
+    def has_float_zero_points(self) -> bool:
+        """Whether zero points need be no codes."""
+        return self.zero_dtype.is_floating_point
 
     @property
     def name(self) -> str:
@@ -66,7 +87,7 @@ class IntegerFormat(ScalarFormat):
         if self.group_size:
             parts.append(f"g{self.group_size}")
         if not self.symmetric:
-            parts.append("asym")
+            parts.append(FLOAT_ZERO_POINTS if self.has_float_zero_points else "asym")
         parts += [
             name
             for name, dtype in SCALE_DTYPES.items()
@@ -77,7 +98,9 @@ class IntegerFormat(ScalarFormat):
     @property
     def grid(self) -> IntegerGrid:
         """The arithmetic of this format, for algorithms that choose codes themselves."""
-        return IntegerGrid(self.bits, self.group_size, self.symmetric, self.scale_dtype)
+        return IntegerGrid(
+            self.bits, self.group_size, self.symmetric, self.scale_dtype, self.zero_dtype
+        )
 
     def decode(self, quantized: QuantizedWeight) -> Tensor:
         """The stored values, float32 [..., K]."""
@@ -91,22 +114,23 @@ class IntegerFormat(ScalarFormat):
         )
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """Codes [..., K] uint8, one scale and (asymmetric) zero point uint8 per group [..., G]."""
+        """Codes [..., K] uint8, one scale and (asymmetric) zero point per group [..., G]."""
         grouped = (*shape[:-1], group_count(shape[-1], self.group_size))
         specs = {
             "codes": TensorSpec(shape, torch.uint8),
             "scale": TensorSpec(grouped, self.scale_dtype),
         }
         if not self.symmetric:
-            specs["zero_point"] = TensorSpec(grouped, torch.uint8)
+            specs["zero_point"] = TensorSpec(grouped, self.zero_dtype)
         return specs
 
     def bits_by_part(self, shape: tuple[int, ...]) -> dict[str, int]:
-        """`bits` for each code and each zero point, and the scales."""
+        """`bits` for each code and each zero point that is one, and the floats."""
         specs = self.tensors(shape)
         parts = {"codes": specs["codes"].elements * self.bits, "scale": specs["scale"].bytes * 8}
         if "zero_point" in specs:
-            parts["zero_point"] = specs["zero_point"].elements * self.bits
+            width = 16 if self.has_float_zero_points else self.bits
+            parts["zero_point"] = specs["zero_point"].elements * width
         return parts
 
     def emit(self, editor: Editor, tensors: Mapping[str, fx.Node]) -> fx.Node:
@@ -133,7 +157,8 @@ class IntegerFormat(ScalarFormat):
         assert isinstance(bits, int)
         assert isinstance(group_size, int)
         tensors = {"codes": codes, "scale": scale}
+        format = cls(bits, group_size, zero_point is None, scale.meta["val"].dtype)
         if isinstance(zero_point, fx.Node):
             tensors["zero_point"] = zero_point
-        format = cls(bits, group_size, zero_point is None, scale.meta["val"].dtype)
+            format = replace(format, zero_dtype=zero_point.meta["val"].dtype)
         return StoredWeight(format, tensors, node)

@@ -13,6 +13,12 @@ from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch, storable_s
 # Below half of the range clipping never pays for 2 bits and more of bell-shaped weights.
 _NARROWER = tuple(1 - step / 32 for step in range(17))
 
+# How many of its ranges a group may lie away from 0: float16 ends at some 256 of 8-bit codes.
+_FARTHEST = 128
+
+# With no finer zero points than that, code - zero_point is exact in float32, on every target.
+_ZERO_FRACTIONS = 2.0**12
+
 
 @dataclass(frozen=True)
 class IntegerGrid(Grid):
@@ -24,12 +30,16 @@ class IntegerGrid(Grid):
     narrower ranges as well, and for asymmetric groups those of symmetric ones: weights that are
     clipped seldom need a range of their own kind on each side, and with these no group errs more
     for having a zero point. Every candidate is judged by what it decodes to.
+
+    Zero points that are floats need not widen a range to include 0, and are rounded to float16 as
+    scales are to their type.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     scale_dtype: torch.dtype
+    zero_dtype: torch.dtype = torch.uint8
 
     def candidates(
         self, groups: Tensor, search: ScaleSearch, name: str
@@ -37,7 +47,7 @@ class IntegerGrid(Grid):
         """Scales and zero points, [..., 1]; see `Grid.candidates`."""
         for ideal, low in self._ranges(groups, (1.0,) if search == "absmax" else _NARROWER):
             scale = storable_scale(ideal, self.scale_dtype, name)
-            zero_point = None if self.symmetric else self._whole(-low / scale)
+            zero_point = None if self.symmetric else self.storable_zero_point(-low / scale)
             yield GroupParameters(scale, zero_point)
         if not self.symmetric and search != "absmax":
             for ideal in self._symmetric_scales(groups, _NARROWER):
@@ -45,6 +55,13 @@ class IntegerGrid(Grid):
                 # Codes that count from the other end stand for a negative scale.
                 zero_point = torch.full_like(scale, self._middle).sub_((scale < 0).to(scale.dtype))
                 yield GroupParameters(scale.abs(), zero_point)
+
+    def storable_zero_point(self, ideal: Tensor) -> Tensor:
+        """Zero points as they are stored, in float32; takes over the memory of `ideal`."""
+        if not self.zero_dtype.is_floating_point:
+            return self._whole(ideal)
+        fractions = ideal.mul_(_ZERO_FRACTIONS).round_().div_(_ZERO_FRACTIONS)
+        return fractions.to(self.zero_dtype).to(torch.float32)
 
     def nearest(self, values: Tensor, parameters: GroupParameters) -> Tensor:
         """Codes 0 to 2^bits - 1, uint8."""
@@ -63,7 +80,7 @@ class IntegerGrid(Grid):
         """``codes``, ``scale`` and, asymmetric, ``zero_point``."""
         tensors = {"codes": codes, "scale": parameters.scale.to(self.scale_dtype)}
         if parameters.zero_point is not None:
-            tensors["zero_point"] = parameters.zero_point.to(torch.uint8)
+            tensors["zero_point"] = parameters.zero_point.to(self.zero_dtype)
         return tensors
 
     @property
@@ -78,7 +95,10 @@ class IntegerGrid(Grid):
         return self._middle if parameters.zero_point is None else parameters.zero_point
 
     def _nearest(self, values: Tensor, parameters: GroupParameters) -> Tensor:
-        return self._whole(values / parameters.scale, self._zero(parameters))
+        steps = values / parameters.scale
+        if self.zero_dtype.is_floating_point:
+            return steps.add_(self._zero(parameters)).round_().clamp_(0, self._top)
+        return self._whole(steps, self._zero(parameters))
 
     def _whole(self, steps: Tensor, zero_point: Tensor | int = 0) -> Tensor:
         """Steps from the zero point as codes, float32; takes over the memory of `steps`."""
@@ -88,8 +108,7 @@ class IntegerGrid(Grid):
         self, groups: Tensor, factors: tuple[float, ...]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Candidate scales before rounding, each with the low end of its range, [..., 1]."""
-        low = groups.amin(dim=-1, keepdim=True).clamp_max_(0)
-        high = groups.amax(dim=-1, keepdim=True).clamp_min_(0)
+        low, high = self._extremes(groups)
         if not self.symmetric:
             # Divided before subtracting: the range may be wider than float32 reaches.
             full = high / self._top - low / self._top
@@ -98,6 +117,16 @@ class IntegerGrid(Grid):
             return
         for ideal in self._symmetric_scales(groups, factors):
             yield ideal, low
+
+    def _extremes(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The range of each group to be covered: with 0 where that has to be a code."""
+        least = groups.amin(dim=-1, keepdim=True)
+        most = groups.amax(dim=-1, keepdim=True)
+        low, high = least.clamp_max(0), most.clamp_min(0)
+        if not self.zero_dtype.is_floating_point:
+            return low, high
+        near = most / 2 - least / 2 >= (high / 2 - low / 2) / _FARTHEST
+        return torch.where(near, least, low), torch.where(near, most, high)
 
     def _symmetric_scales(self, groups: Tensor, factors: tuple[float, ...]) -> Iterator[Tensor]:
         """Candidate scales of symmetric groups before rounding, of either sign, [..., 1]."""

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from qcompile.errors import RecipeError
 from qcompile.formats.base import QuantizedWeight, ScalarFormat, StoredWeight
 from qcompile.formats.grid import Grid, GroupParameters, ScaleSearch, require_finite
-from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.integer import FLOAT_ZERO_POINTS, IntegerFormat
 from qcompile.formats.integer_grid import IntegerGrid
 from qcompile.formats.scales import DOUBLE_QUANTIZED, BoundScales, recognize_scale
 from qcompile.ir import dialect
@@ -36,7 +36,7 @@ class IntegerScaleFormat(ScalarFormat):
         base: The integer format whose scales become integers; it has groups.
 
     Raises:
-        RecipeError: If the format has one group per row, or says how floats are stored.
+        RecipeError: If the format has one group per row, or zero points that are floats.
 
     Source: Li et al. 2024, "Integer Scale: A Free Lunch for Faster Fine-grained Quantization of
     LLMs"; here the factor between integers and floats is that of a row, not of the layer.
@@ -49,6 +49,12 @@ class IntegerScaleFormat(ScalarFormat):
             raise RecipeError(
                 f"format {self.base} has one scale per row, which stays a float",
                 remedy=f"write a group size, such as {self.base}-g64-{INTEGER_SCALES}",
+            )
+        if self.base.has_float_zero_points:
+            raise RecipeError(
+                f"format {self.base} has zero points that are floats, and with {INTEGER_SCALES} "
+                "sums over groups are whole numbers",
+                remedy=f"write asym in place of {FLOAT_ZERO_POINTS}",
             )
         if self.base.scale_dtype != torch.float32:
             object.__setattr__(self, "base", replace(self.base, scale_dtype=torch.float32))

@@ -10,7 +10,7 @@ import torch
 from qcompile.errors import RecipeError
 from qcompile.formats.base import Format
 from qcompile.formats.dense import DenseFormat
-from qcompile.formats.integer import IntegerFormat
+from qcompile.formats.integer import FLOAT_ZERO_POINTS, IntegerFormat
 from qcompile.formats.integer_scale import INTEGER_SCALES, IntegerScaleFormat
 from qcompile.formats.lookup import ALIASES, STANDARD_FORMATS, LookupFormat, default_scales
 from qcompile.formats.scales import SCALE_DTYPES, SCALE_STORAGES
@@ -32,7 +32,8 @@ _PART = re.compile(r"(?:(?P<percent>[0-9]*\.?[0-9]+)%|(?P<count>[0-9]+)x)(?P<for
 def parse_format(text: str) -> Format:
     """Reads the name of a format.
 
-    - ``int<bits>``: integers of 1 to 8 bits; ``-asym`` or ``-sym`` (the default).
+    - ``int<bits>``: integers of 1 to 8 bits; ``-asym``, ``-asym16`` or ``-sym`` (the
+      default).
     - ``nf4``, ``fp4`` (e2m1), ``fp8`` (e4m3), ``e<exponent bits>m<mantissa bits>``, ``ternary``,
       ``(-1.5,-0.5,0.5,1.5)``: codes of a table of levels.
     - ``higgs<dimension>x<points>``: a code for every `dimension` weights, of a codebook of `points`
@@ -70,7 +71,10 @@ def parse_format(text: str) -> Format:
     if (integer := _INTEGER.fullmatch(family)) is not None:
         chosen = _Options(text, options, (*SCALE_DTYPES, INTEGER_SCALES), symmetry=True)
         dtype = SCALE_DTYPES.get(chosen.scale or "", torch.float16)
-        format = IntegerFormat(int(integer[1]), chosen.group_size, chosen.symmetric, dtype)
+        zero_dtype = torch.float16 if chosen.float_zero_points else torch.uint8
+        format = IntegerFormat(
+            int(integer[1]), chosen.group_size, chosen.symmetric, dtype, zero_dtype
+        )
         return IntegerScaleFormat(format) if chosen.scale == INTEGER_SCALES else format
     if family in STANDARD_FORMATS:
         if options:
@@ -152,8 +156,9 @@ class _Options:
     ) -> None:
         self.group_size = 0
         self.symmetric = True
+        self.float_zero_points = False
         self.scale: str | None = None
-        symmetries = ("sym", "asym") if symmetry else ()
+        symmetries = ("sym", "asym", FLOAT_ZERO_POINTS) if symmetry else ()
         words = (*symmetries, *scales)
         given: set[str] = set()
         for option in options:
@@ -162,6 +167,7 @@ class _Options:
                 kind, self.group_size = "group", int(group[1])
             elif option in symmetries:
                 kind, self.symmetric = "symmetry", option == "sym"
+                self.float_zero_points = option == FLOAT_ZERO_POINTS
             elif option in scales:
                 kind, self.scale = "scale", option
             else:

@@ -22,6 +22,12 @@ formats = st.builds(
     group_size=st.sampled_from([0, 1, 16, 24, 32, 64]),
     symmetric=st.booleans(),
     scale_dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+) | st.builds(
+    IntegerFormat,
+    bits=st.integers(1, 8),
+    group_size=st.sampled_from([0, 16, 24, 64]),
+    symmetric=st.just(False),
+    zero_dtype=st.just(torch.float16),
 )
 
 

@@ -4,7 +4,7 @@
 //   outer scales, float32: 16 times the weight's, or one per column of a block
 //   [ceil(N / 16) column blocks][G groups] {
 //     16 scales in the scale type
-//     16 zero points, uint8, if the weight has them
+//     16 zero points, uint8 or float16, if the weight has them
 //     codes: for every 8 k, 16 * bits bytes
 //   }
 //
@@ -70,6 +70,7 @@ struct PackedLayout {
   bool has_zero_point;
   ScaleType scale_type;
   Coding coding;
+  bool float_zero_point = false;  // float16 in place of uint8
 
   QCOMPILE_ALWAYS_INLINE int64_t groups() const { return (k + group_size - 1) / group_size; }
   QCOMPILE_ALWAYS_INLINE int64_t column_blocks() const { return (n + kColumns - 1) / kColumns; }
@@ -104,9 +105,11 @@ struct PackedLayout {
         return kColumns;
     }
   }
-  QCOMPILE_ALWAYS_INLINE int64_t header_bytes() const {
-    return scale_bytes() + (has_zero_point ? kColumns : 0);
+  QCOMPILE_ALWAYS_INLINE int64_t zero_point_bytes() const {
+    if (!has_zero_point) return 0;
+    return float_zero_point ? kColumns * int64_t{sizeof(uint16_t)} : kColumns;
   }
+  QCOMPILE_ALWAYS_INLINE int64_t header_bytes() const { return scale_bytes() + zero_point_bytes(); }
   QCOMPILE_ALWAYS_INLINE int64_t unit_bytes() const { return kColumns * bits; }
   // Units of 8 k in group `g`.
   QCOMPILE_ALWAYS_INLINE int64_t group_units(int64_t g) const {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Clipping:
             method: What messages call the method.
 
         Raises:
-            RecipeError: The format has no ranges to clip.
+            RecipeError: The format has no ranges to clip, or zero points that are floats.
         """
         format = task.format
         if not isinstance(format, IntegerFormat):
@@ -58,6 +58,12 @@ class Clipping:
                 f"method '{method}' learns the ranges of evenly spaced grids, and '{task.name}' is "
                 f"to be {format}",
                 remedy="use an integer format such as int4-g64",
+            )
+        if format.has_float_zero_points:
+            raise RecipeError(
+                f"method '{method}' learns the ranges of grids with whole zero points, and "
+                f"'{task.name}' is to be {format}",
+                remedy=f"use {replace(format, zero_dtype=torch.uint8)}, or method 'hqq'",
             )
         groups = split_groups(task.weight, format.group_size)
         found = task.grid.fit(groups, task.scale_search, name=task.name)

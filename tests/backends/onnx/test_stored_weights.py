@@ -43,7 +43,7 @@ def tied() -> Program:
     "name",
     [
         *("int1-asym", "int2-g8", "int3-g16-asym", "int4", "int4-g16", "int4-g12-asym-bf16"),
-        *("int4-g64", "int5-g8", "int6-asym", "int7-fp32", "int8", "int8-asym", "int8-g16-fp32"),
+        *("int4-g12-asym16", "int8-asym16", "int3-asym16", "int4-g64", "int5-g8", "int6-asym", "int7-fp32", "int8", "int8-asym", "int8-g16-fp32"),
         *("ternary", "ternary-g16-bf16", "fp4-g12", "e3m2-g8", "fp8", "e5m2-g16", "nf4-g16"),
         *("nf4-g16-dq", "mxfp4", "mxfp6", "mxfp8", "nvfp4", "(-1.5,-0.5,0.5,1.5)-g8"),
     ],

@@ -90,7 +90,7 @@ def test_six_bits_are_four_and_two() -> None:
 
 @pytest.mark.parametrize("bits", PACKABLE_BITS)
 def test_weights_take_their_bits_beside_the_scales(bits: int) -> None:
-    size = packed_size(32, 128, WeightLayout(bits, 64, has_zero_point=True))
+    size = packed_size(32, 128, WeightLayout(bits, 64, zero_dtype="uint8"))
     assert size * 8 == 32 * 128 * bits + 32 * 2 * (16 + 8)
 
 
@@ -112,7 +112,8 @@ def weights(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     bits = draw(st.sampled_from(CODINGS[coding]))
     group_size = draw(st.sampled_from([0, 16, 32, 48, 64, 128]))
     scale_dtype: ScaleDtype = draw(st.sampled_from(SCALE_DTYPES))
-    zeros = coding == "integer" and draw(st.booleans())
+    zeros = draw(st.sampled_from(["uint8", "float16"])) if coding == "integer" else None
+    zeros = draw(st.sampled_from([zeros, None]))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
     grouped = (n, 1 if group_size == 0 else -(-k // group_size))
     scale = rng.integers(1, 128, grouped, dtype=np.uint8)
@@ -121,7 +122,11 @@ def weights(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
         "codes": rng.integers(0, 3 if coding == "ternary" else 1 << bits, (n, k), dtype=np.uint8),
         # Exact in every type.
         "scale": scale if scale_dtype in SCALE_DTYPES[3:] else scale.astype(np.float32) / 64,
-        "zero_point": rng.integers(0, 1 << bits, grouped, dtype=np.uint8) if zeros else None,
+        "zero_point": {
+            None: None,
+            "uint8": rng.integers(0, 1 << bits, grouped, dtype=np.uint8),
+            "float16": rng.normal(0, 1 << bits, grouped).astype(np.float16),
+        }[zeros],
         "levels": rng.random(1 << bits, np.float32) if coding == "table" else None,
         "outer_scale": None if shared is None else rng.random(shared, np.float32),
     }
@@ -133,7 +138,9 @@ def weights(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_unpack_is_the_inverse_of_pack(weight: tuple[dict[str, Any], dict[str, Any]]) -> None:
     tensors, options = weight
     shape = tensors["codes"].shape
-    layout = WeightLayout(**options, has_zero_point=tensors["zero_point"] is not None)
+    zero_point = tensors["zero_point"]
+    zero_dtype = None if zero_point is None else str(zero_point.dtype)
+    layout = WeightLayout(**options, zero_dtype=zero_dtype)
     packed = pack_linear(**tensors, **options)
     assert packed.size == packed_size(*shape, layout)
     assert WeightLayout.parse(str(layout)) == layout

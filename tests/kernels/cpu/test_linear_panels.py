@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -17,7 +18,7 @@ K, N = 88, 40  # groups of 32 leave a short one; 40 columns leave half a block, 
 
 
 def make_weight(
-    bits: int, group: int, zeros: bool, coding: Coding = "integer"
+    bits: int, group: int, zeros: bool | Literal["float"], coding: Coding = "integer"
 ) -> tuple[np.ndarray, dict[str, int | str]]:
     rng = np.random.default_rng(bits)
     groups = -(-K // group) if group else 1
@@ -25,10 +26,13 @@ def make_weight(
     codes = rng.integers(0, levels, (N, K), dtype=np.uint8)
     scale = rng.uniform(0.01, 0.02, (N, groups)).astype(np.float16).astype(np.float32)
     zero = rng.integers(0, levels, (N, groups), dtype=np.uint8) if zeros else None
+    if zeros == "float":
+        zero = rng.normal(levels / 2, levels, (N, groups)).astype(np.float16)
     packed = pack_linear(codes, scale, zero, bits=bits, group_size=group, coding=coding)
     attributes: dict[str, int | str] = {"N": N, "K": K, "bits": bits, "group_size": group}
     return packed, attributes | {
-        "has_zero_point": int(zeros),
+        "has_zero_point": int(bool(zeros)),
+        "float_zero_point": int(zeros == "float"),
         "scale_dtype": 1,
         "coding": coding,
     }
@@ -49,12 +53,21 @@ def inputs(rows: int) -> np.ndarray:
         (8, 32, True, "integer"),  # does not fit signed bytes
         (7, 0, True, "integer"),
         (1, 32, True, "integer"),
+        (4, 32, "float", "integer"),
+        (8, 0, "float", "integer"),
+        (3, 16, "float", "integer"),
         (2, 32, False, "ternary"),
         (4, 16, False, "e2m1"),
     ],
 )
 def test_rows_together_are_what_they_are_apart(
-    isa: str, run_node: NodeRunner, act: str, bits: int, group: int, zeros: bool, coding: Coding
+    isa: str,
+    run_node: NodeRunner,
+    act: str,
+    bits: int,
+    group: int,
+    zeros: bool | Literal["float"],
+    coding: Coding,
 ) -> None:
     del isa
     packed, attributes = make_weight(bits, group, zeros, coding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -25,18 +25,22 @@ ATTRIBUTES = {"up_bits": 4, "up_group_size": 16, "down_bits": 6, "down_group_siz
 class Matrices:
     """Stacked matrices, packed and decoded."""
 
-    def __init__(self, n: int, k: int, bits: int, group_size: int, zeros: bool = False) -> None:
+    def __init__(
+        self, n: int, k: int, bits: int, group_size: int, zeros: Literal["uint8", "float16"]
+    ) -> None:
         rng = np.random.default_rng(n + k)
         groups = -(-k // group_size) if group_size else 1
         shape = (COUNT, n, groups)
         codes = rng.integers(0, 2**bits, (COUNT, n, k), dtype=np.uint8)
         scale = rng.uniform(0.01, 0.05, shape).astype(np.float16).astype(np.float32)
-        points = rng.integers(0, 2**bits, shape, dtype=np.uint8) if zeros else None
+        points = rng.integers(0, 2**bits, shape).astype(zeros)
+        if zeros == "float16":
+            points += rng.uniform(0, 1, shape).astype(np.float16)
         packed = [
             pack_linear(
                 codes[i],
                 scale[i],
-                None if points is None else points[i],
+                points[i],
                 bits=bits,
                 group_size=group_size,
             )
@@ -46,7 +50,7 @@ class Matrices:
         self.values = dequantize(
             torch.from_numpy(codes),
             torch.from_numpy(scale),
-            None if points is None else torch.from_numpy(points),
+            torch.from_numpy(points),
             bits,
             group_size,
         )
@@ -62,6 +66,8 @@ def attributes(gated: bool, **others: Any) -> dict[str, Any]:
         "up_scale_dtype": 1,
         "down_scale_dtype": 1,
         "up_has_zero_point": 1,
+        "down_has_zero_point": 1,
+        "down_float_zero_point": 1,
         "gated": int(gated),
         **ATTRIBUTES,
         **others,
@@ -69,8 +75,8 @@ def attributes(gated: bool, **others: Any) -> dict[str, Any]:
 
 
 def matrices(gated: bool) -> tuple[Matrices, Matrices]:
-    up = Matrices(2 * INNER if gated else INNER, WIDTH, 4, 16, zeros=True)
-    return up, Matrices(WIDTH, INNER, 6, 0)
+    up = Matrices(2 * INNER if gated else INNER, WIDTH, 4, 16, "uint8")
+    return up, Matrices(WIDTH, INNER, 6, 0, "float16")
 
 
 def floats(*shape: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ class Weight:
         *,
         bits: int = 4,
         group_size: int = 32,
-        zeros: bool = False,
+        zeros: bool | Literal["float"] = False,
         scale_dtype: ScaleDtype = "float16",
         seed: int = 0,
     ) -> Weight:
@@ -49,6 +50,8 @@ class Weight:
         codes = rng.integers(0, 1 << bits, (n, k), dtype=np.uint8)
         scale = round_to(rng.uniform(0.005, 0.02, (n, groups)).astype(np.float32), scale_dtype)
         zero = rng.integers(0, 1 << bits, (n, groups), dtype=np.uint8) if zeros else None
+        if zeros == "float":
+            zero = rng.normal(1 << (bits - 1), 1 << bits, (n, groups)).astype(np.float16)
         return cls(codes, scale, zero, bits, group_size, scale_dtype)
 
     @property
@@ -60,10 +63,10 @@ class Weight:
         return np.repeat(per_group, self.span, axis=1)[:, : self.codes.shape[1]]
 
     def centred(self) -> np.ndarray:
-        """Codes minus zero points, int32 [N, K]."""
+        """Codes minus zero points, float64 [N, K]."""
         middle = np.full(self.scale.shape, 1 << (self.bits - 1))
         zero = self.zero_point if self.zero_point is not None else middle
-        return self.codes.astype(np.int32) - self.along_k(zero.astype(np.int32))
+        return self.codes - self.along_k(zero.astype(np.float64))
 
     def floats(self) -> np.ndarray:
         """The weight in float64."""
@@ -87,6 +90,9 @@ class Weight:
             "bits": self.bits,
             "group_size": self.group_size,
             "has_zero_point": int(self.zero_point is not None),
+            "float_zero_point": int(
+                self.zero_point is not None and self.zero_point.dtype != np.uint8
+            ),
             "scale_dtype": SCALE_DTYPES.index(self.scale_dtype),
         }
 
@@ -112,7 +118,7 @@ def int8_oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:
     y = np.zeros((x.shape[0], weight.codes.shape[0]), np.float32)
     for g, begin in enumerate(range(0, k, weight.span)):
         part = slice(begin, begin + weight.span)
-        exact = codes[:, part].astype(np.int64) @ centred[:, part].T.astype(np.int64)
+        exact = codes[:, part].astype(np.float64) @ centred[:, part].T
         act_scale = scales[:, :1] if act == "int8_token" else scales[:, g : g + 1]
         y += exact.astype(np.float32) * (weight.scale[:, g] * act_scale)
     return y
@@ -146,7 +152,7 @@ def test_groups_match_oracle(run_node, isa, act, bits, group_size) -> None:
 
 
 @pytest.mark.parametrize("act", ["float", "int8_token", "int8_group"])
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("zeros", [False, True, "float"])
 @pytest.mark.parametrize("scale_dtype", FLOAT_SCALES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scale_types_and_zero_points_match_oracle(
@@ -287,6 +293,7 @@ GOOD = {"N": 20, "K": 48, "bits": 4, "group_size": 16, "has_zero_point": 0, "sca
         ({"group_size": -16}, "group_size = -16"),
         ({"scale_dtype": 6}, "scale_dtype = 6"),
         ({"has_zero_point": 2}, "has_zero_point = 2"),
+        ({"float_zero_point": 1}, "float_zero_point = 1 is neither 0 nor, of zero points, 1"),
         ({"act": "int3"}, "act = 'int3'"),
         ({"N": 0}, "N = 0"),
         ({"N": 2**62, "K": 2**62}, "are no size"),

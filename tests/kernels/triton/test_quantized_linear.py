@@ -24,6 +24,8 @@ from qcompile.kernels.quantized_linear.reference import quantized_linear as orac
 pytest.importorskip("triton", reason="triton is not installed: pip install 'qcompile[cuda]'")
 from qcompile.kernels.triton.quantized_linear import choose_launch, quantized_linear
 
+_FLAGS = ("zeros", "float_zeros", "bias", "exact")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -35,6 +37,7 @@ class Case:
     bits: int = 4
     group_size: int = 32
     zeros: bool = False
+    float_zeros: bool = False
     bias: bool = False
     x: str = "float32"
     scale: str = "float16"
@@ -42,7 +45,7 @@ class Case:
     exact: bool = False
 
     def __str__(self) -> str:
-        flags = "".join(f"-{name}" for name in ("zeros", "bias", "exact") if getattr(self, name))
+        flags = "".join(f"-{name}" for name in _FLAGS if getattr(self, name))
         size = f"{self.m}x{self.n}x{self.k}-int{self.bits}g{self.group_size}"
         return f"{size}{flags}-{self.x}-{self.scale}-{self.rounding}"
 
@@ -64,12 +67,15 @@ class Case:
                 return torch.randint(-4, 5, shape, generator=generator).float()
             return torch.randn(shape, generator=generator)
 
+        zero_point = codes(groups, self.n) if self.zeros else None
+        if self.float_zeros:
+            zero_point = codes(groups, self.n) + reals(groups, self.n).half()
         scale = 2.0 ** reals(groups, self.n) if self.exact else reals(groups, self.n) / 8
         return (
             reals(self.m, self.k).to(getattr(torch, self.x)),
             pack_codes(codes(self.n, self.k), self.bits),
             scale.to(getattr(torch, self.scale)),
-            codes(groups, self.n) if self.zeros else None,
+            zero_point,
             reals(self.n) if self.bias else None,
             *(self.k, self.bits, self.group_size, self.rounding),
         )
@@ -80,6 +86,7 @@ ODD_SHAPES = [
     Case(1, 33, 31),
     Case(2, 5, 65, zeros=True, bias=True),
     Case(15, 31, 97, group_size=64, zeros=True),
+    Case(15, 31, 97, group_size=48, float_zeros=True),
     Case(16, 32, 64, group_size=0, bias=True),
     Case(17, 40, 70, group_size=128, zeros=True),
     Case(3, 33, 100, group_size=48, zeros=True, bias=True),

@@ -8,7 +8,9 @@
 //
 // and, where a product of bytes can take its codes (kHasBytes), also
 //
-//   ToBytes, Zero, kStep   the value is (byte - Zero) * kStep, bytes have kByteBits bits
+//   ToBytes, Zero, kStep   the value is (byte - Zero) * kStep, bytes have kByteBits bits; but where
+//                          zero points are floats, Zero is the middle code, and FloatSum (linear.h)
+//                          takes off what is left
 #ifndef QCOMPILE_CPU_ISA_CODES_H_
 #define QCOMPILE_CPU_ISA_CODES_H_
 
@@ -74,6 +76,11 @@ struct PlaneCodes {
   }
 };
 
+// The zero points of a group that are no whole numbers.
+inline F ReadFloatZeros(const PackedLayout& layout, const uint8_t* header) {
+  return LoadHalf(header + layout.scale_bytes());
+}
+
 // Without anything to read at the head of a group.
 struct NoGroup {};
 
@@ -82,19 +89,27 @@ struct IntegerCodes : PlaneCodes<kBits> {
   static constexpr bool kHasBytes = true;
   static constexpr int kByteBits = kBits;
   static constexpr float kStep = 1.0f;
-  using Group = I;  // zero points
+  // Zero points, and what is taken for them where whole numbers are summed up.
+  struct Group {
+    F zero;
+    I whole;
+  };
 
   explicit IntegerCodes(const LinearTile&) {}
   Group ReadGroup(const PackedLayout& layout, const uint8_t* header) const {
-    return layout.has_zero_point ? LoadBytesAsInts(header + layout.scale_bytes())
-                                 : Set1(1 << (kBits - 1));
+    if (layout.float_zero_point) return {ReadFloatZeros(layout, header), Set1(kMiddle)};
+    const I whole =
+        layout.has_zero_point ? LoadBytesAsInts(header + layout.scale_bytes()) : Set1(kMiddle);
+    return {ToFloat(whole), whole};
   }
   Bytes ToBytes(Bytes quad) const { return quad; }
-  I Zero(Group zero) const { return zero; }
+  I Zero(const Group& group) const { return group.whole; }
   template <int kByte>
-  F Value(Bytes quad, Group zero) const {
-    return ToFloat(ExtractByte<kByte>(quad) - zero);
+  F Value(Bytes quad, const Group& group) const {
+    return ToFloat(ExtractByte<kByte>(quad)) - group.zero;
   }
+
+  static constexpr int kMiddle = 1 << (kBits - 1);
 };
 
 struct E2m1Codes : PlaneCodes<4> {

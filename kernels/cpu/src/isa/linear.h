@@ -50,6 +50,18 @@ inline void StoreResult(const LinearTile& t, int64_t row, int64_t block, F sum) 
   StoreN(t.y + at, sum, n);
 }
 
+// What float zero points are above the middle code, which whole numbers are summed up with.
+inline F ReadZeroRests(const PackedLayout& layout, const uint8_t* header) {
+  return ReadFloatZeros(layout, header) - Set1(static_cast<float>(1 << (layout.bits - 1)));
+}
+
+// The products of a group, summed up to `exact`, less what the rest of its zero points takes from
+// them; `sum` is that of the activations.
+QCOMPILE_ALWAYS_INLINE F FloatSum(I exact, bool has_rest, F rest, int32_t sum) {
+  const F product = ToFloat(exact);
+  return has_rest ? Fma(Set1(static_cast<float>(-sum)), rest, product) : product;
+}
+
 inline int32_t LoadFour(const int8_t* codes) {
   int32_t four;
   memcpy(&four, codes, sizeof(four));
@@ -65,6 +77,7 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
   const PackedLayout& layout = *t.layout;
   const int64_t groups = layout.groups(), padded_k = layout.padded_k();
   const int64_t block_bytes = layout.column_block_bytes(), header_bytes = layout.header_bytes();
+  const bool has_rest = layout.float_zero_point;
 
   const int8_t* a[kRows];
   const int32_t* sums[kRows];
@@ -117,12 +130,14 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
     for (int b = 0; b < kBlocks; ++b) {
       F weight_scale = ReadScales(t, header + b * block_bytes, block + b);
       if constexpr (Codes::kStep != 1.0f) weight_scale = weight_scale * Set1(Codes::kStep);
+      const F rest = has_rest ? ReadZeroRests(layout, header + b * block_bytes) : Zero();
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         I exact = dot[r][b][0];
         if constexpr (kChains == 2) exact = exact + dot[r][b][1];
         const F scale = weight_scale * Set1(scales[r][g * scale_step]);
-        total[r][b] = Fma(ToFloat(exact), scale, total[r][b]);
+        const F product = FloatSum(exact, has_rest, rest, sums[r][g]);
+        total[r][b] = Fma(product, scale, total[r][b]);
       }
     }
     header += header_bytes + layout.code_bytes(units);

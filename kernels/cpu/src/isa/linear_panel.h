@@ -47,7 +47,7 @@ void MultiplyPanel(const LinearTile& t, const WeightPanel& weights, int64_t row,
   const int32_t* starts = weights.starts;
   const float* weight_scales = weights.scales;
   const uint8_t* bytes = weights.bytes;
-  const bool shifted = Dots::HasShifts(layout);
+  const bool shifted = Dots::HasShifts(layout), has_rest = layout.float_zero_point;
 
   alignas(64) float totals[kRows * kPanelBlocks * kColumns];
   for (int64_t g = 0; g < groups; ++g) {
@@ -58,11 +58,12 @@ void MultiplyPanel(const LinearTile& t, const WeightPanel& weights, int64_t row,
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) dot[r][b] = start;
     }
+    const auto sum_of = [&](int r) { return t.sums[(row + Least(r, rows - 1)) * groups + g]; };
     if (shifted) {
       const int32_t* shifts = weights.shifts + g * kPanelBlocks * kColumns;
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const I sum = Set1(t.sums[(row + Least(r, rows - 1)) * groups + g]);
+        const I sum = Set1(sum_of(r));
 #pragma GCC unroll 4
         for (int b = 0; b < kPanelBlocks; ++b) {
           dot[r][b] = dot[r][b] + LoadInts(shifts + b * kColumns) * sum;
@@ -77,11 +78,13 @@ void MultiplyPanel(const LinearTile& t, const WeightPanel& weights, int64_t row,
 #pragma GCC unroll 4
     for (int b = 0; b < kPanelBlocks; ++b, weight_scales += kColumns) {
       const F weight_scale = Load(weight_scales);
+      const F rest = has_rest ? Load(weights.rests + (g * kPanelBlocks + b) * kColumns) : Zero();
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         float* total = totals + (r * kPanelBlocks + b) * kColumns;
         const F scale = weight_scale * Set1(scales[r]);
-        Store(total, Fma(ToFloat(dot[r][b]), scale, LoadN(total, lanes)));
+        const F product = FloatSum(dot[r][b], has_rest, rest, has_rest ? sum_of(r) : 0);
+        Store(total, Fma(product, scale, LoadN(total, lanes)));
       }
     }
     scales += scale_step;

@@ -109,7 +109,7 @@ void MultiplyTiles(Tiles* tiles, const LinearTile& t, const WeightPanel& weights
   const int64_t scale_step = t.scales_per_row == 1 ? 0 : kTilePanelRows;
   const float* weight_scales = weights.scales;
   const uint8_t* bytes = weights.bytes;
-  const bool shifted = CentredBytes::HasShifts(layout);
+  const bool shifted = CentredBytes::HasShifts(layout), has_rest = layout.float_zero_point;
   alignas(64) int32_t dots[kTilePanelRows * kTileColumns];
   alignas(64) float totals[kTilePanelRows * kTileColumns];
   for (int64_t g = 0; g < layout.groups(); ++g) {
@@ -119,13 +119,14 @@ void MultiplyTiles(Tiles* tiles, const LinearTile& t, const WeightPanel& weights
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t b = 0; b < kPanelBlocks; ++b) {
         const int64_t at = r * kTileColumns + b * kColumns;
+        const int64_t head = g * kTileColumns + b * kColumns;
+        const int32_t sum = t.sums[(row + r) * layout.groups() + g];
         I dot = LoadInts(dots + at);
-        if (shifted) {
-          const I sum = Set1(t.sums[(row + r) * layout.groups() + g]);
-          dot = dot + LoadInts(weights.shifts + g * kTileColumns + b * kColumns) * sum;
-        }
+        if (shifted) dot = dot + LoadInts(weights.shifts + head) * Set1(sum);
+        const F rest = has_rest ? Load(weights.rests + head) : Zero();
         const F scale = Load(weight_scales + b * kColumns) * Set1(scales[r]);
-        Store(totals + at, Fma(ToFloat(dot), scale, LoadN(totals + at, lanes)));
+        const F product = FloatSum(dot, has_rest, rest, sum);
+        Store(totals + at, Fma(product, scale, LoadN(totals + at, lanes)));
       }
     }
     codes += count * kTilePanelRows * kTileBytes;

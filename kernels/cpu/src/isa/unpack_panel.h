@@ -4,7 +4,8 @@
 //
 //   sum of (code - zero point) * a = start + shift * sum of a + sum of byte * a'
 //
-// where a' is what the kernel multiplies for an activation a. A class says how bytes are made:
+// where a' is what the kernel multiplies for an activation a; FloatSum takes off what float zero
+// points are above the middle code. A class says how bytes are made:
 //
 //   kBytes                       of a quad
 //   HasShifts(layout)            whether a shift can be other than 0
@@ -23,17 +24,21 @@ struct WeightPanel {
   float* scales;    // [groups][kPanelBlocks][16]
   int32_t* starts;  // the same
   int32_t* shifts;  // the same
+  float* rests;     // the same, where zero points are floats
   uint8_t* bytes;   // [padded_k / 4][kPanelBlocks][quad_bytes]
 
   static WeightPanel In(const LinearTile& t) {
     const int64_t heads = t.layout->groups() * kPanelBlocks * kColumns;
     auto* starts = reinterpret_cast<int32_t*>(t.scratch + heads);
     int32_t* shifts = starts + heads;
-    return {t.scratch, starts, shifts, reinterpret_cast<uint8_t*>(shifts + heads)};
+    auto* rests = reinterpret_cast<float*>(shifts + heads);
+    float* end = rests + (t.layout->float_zero_point ? heads : 0);
+    return {t.scratch, starts, shifts, rests, reinterpret_cast<uint8_t*>(end)};
   }
   static int64_t Bytes(const PackedLayout& layout, int64_t quad_bytes) {
-    constexpr int64_t kHeadBytes = kColumns * (sizeof(float) + 2 * sizeof(int32_t));
-    return kPanelBlocks * (layout.groups() * kHeadBytes + layout.padded_k() / kQuad * quad_bytes);
+    const int64_t numbers = layout.float_zero_point ? 4 : 3;  // of 4 bytes each
+    const int64_t head_bytes = kColumns * numbers * int64_t{sizeof(float)};
+    return kPanelBlocks * (layout.groups() * head_bytes + layout.padded_k() / kQuad * quad_bytes);
   }
 };
 
@@ -76,6 +81,7 @@ void UnpackBlock(const LinearTile& t, int64_t block, int64_t place, const Weight
                                    });
     StoreInts(panel.starts + at, ZeroI() - too_much);
     StoreInts(panel.shifts + at, base - zero);
+    if (layout.float_zero_point) Store(panel.rests + at, ReadZeroRests(layout, header));
     header += layout.header_bytes() + layout.code_bytes(units);
   }
 }

@@ -49,6 +49,10 @@ inline PackedLayout ReadLayout(const Attributes& attributes, const char* size = 
   Require(has_zero_point == 0 || has_zero_point == 1, "has_zero_point = ", has_zero_point,
           " is neither 0 nor 1");
   layout.has_zero_point = has_zero_point == 1;
+  const int64_t float_zero_point = attributes.Int((prefix + "float_zero_point").c_str(), 0);
+  Require(float_zero_point == 0 || (float_zero_point == 1 && layout.has_zero_point),
+          "float_zero_point = ", float_zero_point, " is neither 0 nor, of zero points, 1");
+  layout.float_zero_point = float_zero_point == 1;
   const int64_t scale_type = read("scale_dtype");
   Require(scale_type >= 0 && scale_type <= 5, "scale_dtype = ", scale_type,
           " is none of 0 (float32), 1 (float16), 2 (bfloat16), 3 (e8m0), 4 (e4m3), 5 (uint8)");

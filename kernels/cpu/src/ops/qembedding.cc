@@ -44,6 +44,15 @@ float ScaleOf(const PackedLayout& layout, const uint8_t* weight, const uint8_t* 
   return 0;
 }
 
+float ZeroOf(const PackedLayout& layout, const uint8_t* header, int64_t column) {
+  const uint8_t* zeros = header + layout.scale_bytes();
+  if (!layout.has_zero_point) return static_cast<float>(1 << (layout.bits - 1));
+  if (!layout.float_zero_point) return zeros[column];
+  uint16_t bits;
+  std::memcpy(&bits, zeros + 2 * column, sizeof(bits));
+  return HalfToFloat(bits);
+}
+
 // Adds a plane of kWidth bits to the codes, from bit `shift` of each.
 template <int kWidth>
 void AddPlane(const uint8_t* plane, int64_t column, int shift, uint32_t four_codes[2]) {
@@ -90,10 +99,10 @@ void UnpackTrits(const uint8_t* codes, int64_t quads, int64_t quad, int64_t colu
 }
 
 // What a code stands for, but for the scale.
-float ValueOf(const PackedLayout& layout, const uint8_t* weight, uint8_t code, int zero) {
+float ValueOf(const PackedLayout& layout, const uint8_t* weight, uint8_t code, float zero) {
   switch (layout.coding) {
     case Coding::kInteger:
-      return static_cast<float>(code - zero);
+      return static_cast<float>(code) - zero;
     case Coding::kTable:
       return FloatAt(weight, code);
     case Coding::kE2m1:
@@ -113,8 +122,7 @@ void DequantizeRow(const PackedLayout& layout, const uint8_t* weight, int64_t ro
   int64_t k = 0;
   for (int64_t g = 0; g < layout.groups(); ++g) {
     const float scale = ScaleOf(layout, weight, p, row);
-    const int zero =
-        layout.has_zero_point ? p[layout.scale_bytes() + column] : 1 << (layout.bits - 1);
+    const float zero = ZeroOf(layout, p, column);
     p += layout.header_bytes();
     const int64_t units = layout.group_units(g), quads = units * (kUnit / kQuad);
     for (int64_t u = 0; u < units; ++u) {
