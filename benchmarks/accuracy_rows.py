@@ -26,6 +26,7 @@ SETTINGS: Final[Mapping[str, str]] = {
 
 SYMMETRIC: Final = {"w4": "int4", "w4-g64": "int4-g64", "w3-g64": "int3-g64", "w2-g64": "int2-g64"}
 ASYMMETRIC: Final = {setting: f"{format}-asym" for setting, format in SYMMETRIC.items()}
+FLOAT_ZERO_POINTS: Final = {setting: f"{format}16" for setting, format in ASYMMETRIC.items()}
 WEAK_COLUMNS: Final = {setting: f"{format}+0.77%fp16" for setting, format in ASYMMETRIC.items()}
 
 # A column in 16 bit has to come from somewhere. In the bits of groups of 64 alone, columns and
@@ -109,7 +110,8 @@ ROWS: Final[Mapping[str, Row]] = {
     "rtn-asym": weights(ASYMMETRIC),
     "rtn-mse": weights(SYMMETRIC, scale_search="mse"),
     "rtn-mse-asym": weights(ASYMMETRIC, scale_search="mse"),
-    "hqq": weights(ASYMMETRIC, method="hqq"),
+    "hqq": weights(FLOAT_ZERO_POINTS, method="hqq"),
+    "hqq-whole": weights(ASYMMETRIC, method="hqq"),
     "gptq": weights(SYMMETRIC, **_GPTQ),
     "gptq-asym": weights(ASYMMETRIC, **_GPTQ),
     "gptq-plain": weights(SYMMETRIC, method="gptq", options={"weigh_scales": False}),

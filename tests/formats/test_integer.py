@@ -101,6 +101,45 @@ def test_asymmetric_error_is_at_most_one_step_of_the_range(bits, search):
     assert (error.amax(-1) <= spread / (2**bits - 1) * 1.0001).all()
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("shift", [-100.0, -3.0, 0.0, 30.0])
+def test_float_zero_points_err_by_half_a_step_wherever_the_group_lies(bits, shift):
+    weight = normal(8, 64) + shift
+    format = IntegerFormat(bits, 16, False, torch.float16, torch.float16)
+    error = (format.decode(format.encode(weight)) - weight).abs().reshape(8, 4, 16).amax(-1)
+    groups = weight.reshape(8, 4, 16)
+    step = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+    # Half a step, and what 11 bits of scale and zero point take from where the group lies.
+    assert bool((error <= 0.5 * step + 2**-9 * groups.abs().amax(-1)).all())
+
+
+def test_float_zero_points_of_groups_too_far_from_0_for_their_type_include_it():
+    weight = torch.full((1, 16), 1000.0)
+    weight[0, 0] = 1000.5
+    format = IntegerFormat(8, 16, False, torch.float16, torch.float16)
+    quantized = format.encode(weight)
+    assert quantized.tensors["zero_point"].tolist() == [[0.0]]
+    assert rtn(weight, format).relative_error < 2**-9
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_float_zero_points_decode_with_one_rounding(bits):
+    # Between codes of 8 bits and zero points down to 2^-12 there are less than 24 bits.
+    weight = normal(16, 64).abs()  # zero points next to 0
+    format = IntegerFormat(bits, 16, False, torch.float16, torch.float16)
+    tensors = format.encode(weight).tensors
+    zero = tensors["zero_point"]
+    assert torch.equal(zero.double() * 2**12, (zero.double() * 2**12).round())
+    steps = tensors["codes"].double().reshape(16, 4, 16) - zero.double().unsqueeze(-1)
+    assert torch.equal(steps.float().double(), steps)
+
+
+def test_float_zero_points_take_16_bits():
+    format = parse_format("int4-g64-asym16")
+    parts = format.bits_by_part((8, 128))
+    assert parts == {"codes": 8 * 128 * 4, "scale": 16 * 16, "zero_point": 16 * 16}
+
+
 def test_symmetric_scale_uses_the_extra_level_where_it_lowers_the_error():
     format = parse_format("int4-fp32")
     lopsided = torch.tensor([[8.0, -7.0, 3.0, 1.0], [7.0, -7.0, 3.0, 1.0]])

@@ -102,6 +102,11 @@ def test_one_scale_per_row_has_nothing_to_make_integers_of():
         parse_format("int8-intscale")
 
 
+def test_float_zero_points_are_refused():
+    with pytest.raises(RecipeError, match="int4-g64-asym16 has zero points that are floats"):
+        parse_format("int4-g64-asym16-intscale")
+
+
 def test_weight_that_is_not_finite_is_named():
     with pytest.raises(ModelError, match="weight 'w' contains infinity"):
         parse_format("int4-g16-intscale").encode(torch.full((2, 16), float("inf")), name="w")

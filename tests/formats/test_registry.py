@@ -14,6 +14,7 @@ from qcompile.formats import IntegerFormat, parse_format
         ("int4-g64", IntegerFormat(4, 64)),
         ("int4-g32-asym", IntegerFormat(4, 32, symmetric=False)),
         ("int4-g64-bf16", IntegerFormat(4, 64, scale_dtype=torch.bfloat16)),
+        ("int4-asym16-g32", IntegerFormat(4, 32, False, zero_dtype=torch.float16)),
         ("INT3-fp32-asym-g128", IntegerFormat(3, 128, False, torch.float32)),
         ("int5-sym-fp16", IntegerFormat(5)),
         ("int1-g7", IntegerFormat(1, 7)),
@@ -36,6 +37,7 @@ def test_format_name_reads_back_as_equal_format(bits, group_size, symmetric, sca
 
 def test_format_name_is_canonical():
     assert str(parse_format("int4-bf16-asym-g64")) == "int4-g64-asym-bf16"
+    assert str(parse_format("int4-bf16-asym16-g64")) == "int4-g64-asym16-bf16"
     assert str(parse_format("int8-fp16-sym")) == "int8"
 
 
@@ -66,6 +68,11 @@ def test_parse_format_error_says_what_to_write(text, message):
 def test_integer_format_refuses_negative_group():
     with pytest.raises(RecipeError, match="group size"):
         IntegerFormat(4, -1)
+
+
+def test_symmetric_format_refuses_float_zero_points():
+    with pytest.raises(RecipeError, match="no zero points to store as floats"):
+        IntegerFormat(4, 64, zero_dtype=torch.float16)
 
 
 def test_integer_format_refuses_unknown_scale_type():

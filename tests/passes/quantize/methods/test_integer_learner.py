@@ -87,3 +87,9 @@ def test_all_numbers_have_gradients() -> None:
 def test_other_formats_are_refused_by_name() -> None:
     with pytest.raises(RecipeError, match=r"method 'a test' .* 'w' is to be nf4-g64"):
         learner("nf4-g64", ROUNDING)
+
+
+def test_float_zero_points_are_refused_by_name() -> None:
+    with pytest.raises(RecipeError, match="'w' is to be int4-g64-asym16") as refusal:
+        learner("int4-g64-asym16", ROUNDING)
+    assert "int4-g64-asym," in str(refusal.value)
