@@ -25,8 +25,8 @@ def dequantize(
             code - zero_point; int8 codes (symmetric activations) stand for themselves.
         scale: [..., G] float16, bfloat16, float32 or float64, broadcast over the leading
             dimensions of `codes`.
-        zero_point: Code of the value 0, same shape as `scale`; None means 2^(bits-1) for uint8
-            codes and 0 for int8 codes.
+        zero_point: Code of the value 0, same shape as `scale`; or float16, and between codes; None
+            means 2^(bits-1) for uint8 codes and 0 for int8 codes.
         bits: Width of the codes, 1 to 8.
         group_size: Elements per group along K; 0 means one group.
 

@@ -47,7 +47,8 @@ class GroupParameters:
 
     Attributes:
         scale: [..., 1] float32, finite and never 0.
-        zero_point: [..., 1] float32 whole numbers, or None where the grid has none.
+        zero_point: [..., 1] float32, whole numbers unless the format stores floats; None where the
+            grid has none.
     """
 
     scale: Tensor

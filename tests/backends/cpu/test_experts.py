@@ -63,7 +63,16 @@ def test_compiled_mixture_equals_the_program_and_generates(
         assert (artifact.path / name).stat().st_size == size
 
 
-FORMATS = ("int4-g16-asym", "int3", "int8-g16-bf16", "nf4-g16-dq", "nvfp4", "mxfp4", "fp8")
+FORMATS = (
+    "int4-g16-asym",
+    "int4-g16-asym16",
+    "int3",
+    "int8-g16-bf16",
+    "nf4-g16-dq",
+    "nvfp4",
+    "mxfp4",
+    "fp8",
+)
 FORMATS += ("ternary-g16", "(-1.5,-0.25,0.5,1.5)-g16")
 
 

@@ -141,6 +141,7 @@ def test_linear_takes_its_packed_weight_and_bias(one_linear: Program, x: Tensor)
         ("int4-g16", "group", "integer-4-g16-float16, int8_group"),
         ("int4-g16-bf16", "group", "integer-4-g16-bfloat16, int8_group"),
         ("int8-g16-asym-fp32", "group", "integer-8-g16-float32-zeros, int8_group"),
+        ("int4-g16-asym16", "token", "integer-4-g16-float16-zeros16, int8_token"),
     ],
 )
 def test_rounding_of_the_input_becomes_an_attribute(

@@ -73,7 +73,9 @@ def test_rounding_by_a_stored_scale_becomes_an_operand(format: str) -> None:
 
 @pytest.mark.parametrize("format", TEXT)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("weights", ["int8", "int4-g16-asym", "ternary-g16", "mxfp4"])
+@pytest.mark.parametrize(
+    "weights", ["int8", "int4-g16-asym", "int4-g16-asym16", "ternary-g16", "mxfp4"]
+)
 def test_lowered_layer_computes_the_same(format: str, bias: bool, weights: str) -> None:
     # Inputs reach three times beyond the range: they land on the last codes.
     before = rounded(nn.Linear(32, 4, bias=bias), weights, format=format)

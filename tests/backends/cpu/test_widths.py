@@ -61,7 +61,15 @@ WEIGHTS = {
 
 INTEGERS = tuple(f"int{bits}-g{GROUP}" for bits in PACKABLE_BITS)
 LOOKUPS = ("ternary-g16", "nf4-g16", "nf4-g16-dq", "fp8", "mxfp4", "nvfp4", "(-2,-0.5,0,1)-g32")
-FORMATS = (*INTEGERS, "int1-g16-asym", "int3-g16-asym", "int4-g16-fp32", *LOOKUPS)
+FORMATS = (
+    *INTEGERS,
+    "int1-g16-asym",
+    "int4-g16-asym16",
+    "int8-asym16",
+    "int3-g16-asym",
+    "int4-g16-fp32",
+    *LOOKUPS,
+)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -132,7 +132,9 @@ def test_language_model_is_lowered_to_kernels(quantized: Program) -> None:
 # --- what the target says -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["int1-asym", "int2-g32", "int3", "int5-g7", "int8-g64-bf16"])
+@pytest.mark.parametrize(
+    "name", ["int1-asym", "int2-g32", "int3", "int5-g7", "int8-g64-bf16", "int4-asym16"]
+)
 def test_every_integer_format_is_supported(name: str) -> None:
     capabilities = CudaTarget().capabilities
     assert capabilities.weight_format(parse_format(name)) is None

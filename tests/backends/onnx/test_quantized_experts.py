@@ -16,7 +16,16 @@ from qcompile.passes.infra import Context, run_passes
 from qcompile.passes.quantize.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize.quantize_weights import QuantizeWeights
 
-FORMATS = ["int4", "int4-g8-asym", "int4-g16", "int8", "int3-g16-asym", "nf4-g8", "nf4-g16-dq"]
+FORMATS = [
+    "int4",
+    "int4-g8-asym",
+    "int4-g8-asym16",
+    "int4-g16",
+    "int8",
+    "int3-g16-asym",
+    "nf4-g8",
+    "nf4-g16-dq",
+]
 FORMATS += ["fp8", "mxfp4", "nvfp4", "ternary-g8", "fp4-g16", "int4-g8-asym-intscale"]
 
 
