@@ -98,6 +98,45 @@ void MultiplyGroup(Tiles* tiles, const uint8_t* codes, const uint8_t* weights, i
   tiles->template Store<3>(dots + kTileRows * kTileColumns + kColumns, kStride);
 }
 
+// Sums of a group's activations, `step` from one row to the next.
+struct GroupSums {
+  const int32_t* first;
+  int64_t step;
+
+  int32_t operator[](int64_t r) const { return first[r * step]; }
+};
+
+// Adds what the shifts of a group give to its whole numbers.
+inline void ShiftGroup(const int32_t* shifts, GroupSums sums, int64_t rows, int32_t* dots) {
+  for (int64_t r = 0; r < rows; ++r, dots += kTileColumns) {
+    for (int64_t at = 0; at < kTileColumns; at += kColumns) {
+      StoreInts(dots + at, LoadInts(dots + at) + LoadInts(shifts + at) * Set1(sums[r]));
+    }
+  }
+}
+
+// Scales the whole numbers of a group, and adds them to the totals: 5 instructions for 16 of them,
+// where zero points are none that have a rest.
+template <bool kHasRest>
+void AddGroup(const int32_t* dots, const float* scales, const float* weight_scales,
+              const float* rests, GroupSums sums, int64_t rows, float* totals) {
+  F weight_scale[kPanelBlocks], rest[kPanelBlocks];
+#pragma GCC unroll 2
+  for (int64_t b = 0; b < kPanelBlocks; ++b) {
+    weight_scale[b] = Load(weight_scales + b * kColumns);
+    rest[b] = kHasRest ? Load(rests + b * kColumns) : Zero();
+  }
+  for (int64_t r = 0; r < rows; ++r, dots += kTileColumns, totals += kTileColumns) {
+    const F row_scale = Set1(scales[r]);
+#pragma GCC unroll 2
+    for (int64_t b = 0; b < kPanelBlocks; ++b) {
+      const int64_t at = b * kColumns;
+      const F product = FloatSum(LoadInts(dots + at), kHasRest, rest[b], kHasRest ? sums[r] : 0);
+      Store(totals + at, Fma(product, weight_scale[b] * row_scale, Load(totals + at)));
+    }
+  }
+}
+
 // `rows` rows of a panel of activations, from `row` on.
 template <class Tiles>
 void MultiplyTiles(Tiles* tiles, const LinearTile& t, const WeightPanel& weights, int64_t row,
@@ -107,31 +146,21 @@ void MultiplyTiles(Tiles* tiles, const LinearTile& t, const WeightPanel& weights
   const uint8_t* codes = t.panels + row / kTilePanelRows * shape.bytes();
   const auto* scales = reinterpret_cast<const float*>(codes + shape.scales_at());
   const int64_t scale_step = t.scales_per_row == 1 ? 0 : kTilePanelRows;
-  const float* weight_scales = weights.scales;
+  const int64_t groups = layout.groups();
   const uint8_t* bytes = weights.bytes;
-  const bool shifted = CentredBytes::HasShifts(layout), has_rest = layout.float_zero_point;
+  const bool shifted = CentredBytes::HasShifts(layout);
+  const auto add_group = layout.float_zero_point ? AddGroup<true> : AddGroup<false>;
   alignas(64) int32_t dots[kTilePanelRows * kTileColumns];
-  alignas(64) float totals[kTilePanelRows * kTileColumns];
-  for (int64_t g = 0; g < layout.groups(); ++g) {
+  alignas(64) float totals[kTilePanelRows * kTileColumns] = {};
+  for (int64_t g = 0; g < groups; ++g) {
     const int64_t units = layout.group_units(g), count = TiledActivations::TilesOf(units);
+    const int64_t head = g * kTileColumns;
+    const GroupSums sums = {t.sums + row * groups + g, groups};
     MultiplyGroup(tiles, codes, bytes, count, dots);
-    const int64_t lanes = g == 0 ? 0 : kColumns;  // at first there are no totals
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t b = 0; b < kPanelBlocks; ++b) {
-        const int64_t at = r * kTileColumns + b * kColumns;
-        const int64_t head = g * kTileColumns + b * kColumns;
-        const int32_t sum = t.sums[(row + r) * layout.groups() + g];
-        I dot = LoadInts(dots + at);
-        if (shifted) dot = dot + LoadInts(weights.shifts + head) * Set1(sum);
-        const F rest = has_rest ? Load(weights.rests + head) : Zero();
-        const F scale = Load(weight_scales + b * kColumns) * Set1(scales[r]);
-        const F product = FloatSum(dot, has_rest, rest, sum);
-        Store(totals + at, Fma(product, scale, LoadN(totals + at, lanes)));
-      }
-    }
+    if (shifted) ShiftGroup(weights.shifts + head, sums, rows, dots);
+    add_group(dots, scales, weights.scales + head, weights.rests + head, sums, rows, totals);
     codes += count * kTilePanelRows * kTileBytes;
     bytes += units * (kUnit / kQuad) * kPanelBlocks * kQuadBytes;
-    weight_scales += kTileColumns;
     scales += scale_step;
   }
   for (int64_t r = 0; r < rows; ++r) {
