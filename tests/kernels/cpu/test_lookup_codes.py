@@ -157,6 +157,18 @@ def test_every_byte_of_ternary_digits_is_decoded_exactly(run_node, isa) -> None:
         np.testing.assert_array_equal(y.T, (codes.numpy() - 1) * 127.0)
 
 
+@pytest.mark.parametrize("k", [32_640, 32_680, 40_004])
+def test_long_rows_of_ternary_digits_sum_exactly(run_node, isa, k) -> None:
+    # Undivided bytes are multiplied while a group's sum fits 24 bits; these are on both sides.
+    tensors = {"codes": torch.full((16, k), 2, dtype=torch.uint8)}
+    tensors["scale"] = torch.ones(16, 1, dtype=torch.float16)
+    weight = Weight(QuantizedWeight(parse_format("ternary"), (16, k), tensors))
+    for sign in (1, -1):
+        x = np.full((1, k), sign * 127, np.float32)
+        (y,) = run_node("QLinear", [x, weight.packed], act="int8_token", **weight.attributes)
+        np.testing.assert_array_equal(y, sign * 127.0 * k)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_embedding_rows_are_exact(run_node, name) -> None:
     weight = Weight.random(name, 37, 75)

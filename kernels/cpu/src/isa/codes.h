@@ -11,8 +11,12 @@
 //   ToBytes, Zero, kStep   the value is (byte - Zero) * kStep, bytes have kByteBits bits; but where
 //                          zero points are floats, Zero is the middle code, and FloatSum (linear.h)
 //                          takes off what is left
+//   DotWhole               one row's products with the first quads of a group, if they need not be
+//                          taken apart for them (kDotsWhole)
 #ifndef QCOMPILE_CPU_ISA_CODES_H_
 #define QCOMPILE_CPU_ISA_CODES_H_
+
+#include <cstring>
 
 #include "kernel_table.h"
 
@@ -28,6 +32,12 @@ template <int kNumber>
 struct Constant {
   static constexpr int value = kNumber;
 };
+
+inline int32_t LoadFour(const int8_t* codes) {
+  int32_t four;
+  memcpy(&four, codes, sizeof(four));
+  return four;
+}
 
 // Quads `begin` to `end` of a group that has `total`.
 struct QuadRange {
@@ -86,7 +96,7 @@ struct NoGroup {};
 
 template <int kBits>
 struct IntegerCodes : PlaneCodes<kBits> {
-  static constexpr bool kHasBytes = true;
+  static constexpr bool kHasBytes = true, kDotsWhole = false;
   static constexpr int kByteBits = kBits;
   static constexpr float kStep = 1.0f;
   // Zero points, and what is taken for them where whole numbers are summed up.
@@ -113,7 +123,7 @@ struct IntegerCodes : PlaneCodes<kBits> {
 };
 
 struct E2m1Codes : PlaneCodes<4> {
-  static constexpr bool kHasBytes = true;
+  static constexpr bool kHasBytes = true, kDotsWhole = false;
   static constexpr int kByteBits = 5;
   static constexpr float kStep = kE2m1Step;
   using Group = NoGroup;
@@ -181,7 +191,7 @@ struct TableCodes<kBits, false> : PlaneCodes<kBits> {
 };
 
 struct TernaryCodes {
-  static constexpr bool kHasBytes = true;
+  static constexpr bool kHasBytes = true, kDotsWhole = kFractionChains > 0;
   static constexpr int kByteBits = 2;
   static constexpr float kStep = 1.0f;
   using Group = NoGroup;
@@ -231,6 +241,41 @@ struct TernaryCodes {
       }
       body(quad, Constant<1>());
     }
+  }
+
+  // Adds the products of activations `a` with the first quads of a group; how many these are.
+  //
+  // A byte's fraction x[i] holds the digits d[i], d[i+1], ...: 3 x[i] = 256 d[i] + x[i+1]. So the
+  // sum of a[i] d[i] is that of 3 a[i] x[i] - a[i] x[i+1], through 256, and no digit is ever needed
+  // by itself. These sums may leave 32 bits, but what 256 leaves of their 32 bits is right as long
+  // as it fits 24.
+  QCOMPILE_ALWAYS_INLINE static int64_t DotWhole(const uint8_t* codes, int64_t quads,
+                                                 const int8_t* a, I* sum) {
+    constexpr int64_t kMostQuads = (1 << 23) / (kQuad * 2 * 128);
+    if (quads > kMostQuads) return 0;
+    const int64_t whole = quads / kTrits * kTrits;
+    constexpr int kChains = kFractionChains > 0 ? kFractionChains : 1;
+    I now[kChains], next[kChains];
+    for (int i = 0; i < kChains; ++i) now[i] = next[i] = ZeroI();
+    for (int64_t q = 0; q < whole; q += kTrits, codes += kQuadBytes) {
+      Bytes x = LoadQuad(codes);
+      __builtin_prefetch(codes + kPrefetch);
+#pragma GCC unroll 5
+      for (int i = 0; i < kTrits; ++i, a += kQuad) {
+        const int32_t four = LoadFour(a);
+        I& now_sum = now[i % kChains];
+        I& next_sum = next[i % kChains];
+        now_sum = DotAccumulate<8>(now_sum, x, four);
+        x = NextDigits(x);
+        next_sum = DotAccumulate<8>(next_sum, x, four);
+      }
+    }
+    for (int i = 1; i < kChains; ++i) {
+      now[0] = now[0] + now[i];
+      next[0] = next[0] + next[i];
+    }
+    *sum = *sum + ShiftRightSigned<8>(now[0] * Set1(3) - next[0]);
+    return whole;
   }
 
   template <int kBlocks, int kParity, class Body>

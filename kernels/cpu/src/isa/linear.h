@@ -62,12 +62,6 @@ QCOMPILE_ALWAYS_INLINE F FloatSum(I exact, bool has_rest, F rest, int32_t sum) {
   return has_rest ? Fma(Set1(static_cast<float>(-sum)), rest, product) : product;
 }
 
-inline int32_t LoadFour(const int8_t* codes) {
-  int32_t four;
-  memcpy(&four, codes, sizeof(four));
-  return four;
-}
-
 // kRows rows by kBlocks column blocks; rows from `rows` on repeat the last one and are not stored.
 template <class Codes, int kRows, int kBlocks>
 void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t block) {
@@ -109,8 +103,13 @@ void LinearInt8Block(const LinearTile& t, int64_t row, int64_t rows, int64_t blo
         if constexpr (kChains == 2) dot[r][b][1] = ZeroI();
       }
     }
+    int64_t begin = 0;
+    if constexpr (kRows * kBlocks == 1 && Codes::kDotsWhole) {
+      begin = Codes::DotWhole(header + header_bytes, quads, a[0] + k, &dot[0][0][0]);
+      k += begin * kQuad;
+    }
     Codes::template ForEachQuad<kBlocks>(
-        header + header_bytes, block_bytes, {0, quads, quads},
+        header + header_bytes, block_bytes, {begin, quads, quads},
         [&](const Bytes* quad, auto parity) __attribute__((always_inline)) {
           Bytes bytes[kBlocks];
 #pragma GCC unroll 4

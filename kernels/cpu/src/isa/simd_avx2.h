@@ -29,6 +29,11 @@ struct Bytes {
 constexpr int kLinearRows = 4;
 constexpr int kRowBlocks = 1;       // column blocks in flight for several rows
 constexpr int kChainedOutputs = 2;  // most outputs that have two sums each
+#if defined(__AVXVNNI__)
+constexpr int kFractionChains = 1;
+#else
+constexpr int kFractionChains = 0;  // products with bytes above 127 cost more than their digits
+#endif
 constexpr int kGemmRows = 4;
 constexpr int kGemmVectors = 1;
 constexpr int kThinVectors = 1;
@@ -141,6 +146,10 @@ inline F PowerOfTwo(I exponent) {
 template <int kPlaces>
 inline I ShiftLeft(I a) {
   return {_mm256_slli_epi32(a.lo, kPlaces), _mm256_slli_epi32(a.hi, kPlaces)};
+}
+template <int kPlaces>
+inline I ShiftRightSigned(I a) {
+  return {_mm256_srai_epi32(a.lo, kPlaces), _mm256_srai_epi32(a.hi, kPlaces)};
 }
 inline F AsFloat(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
 inline void StoreInt8(int8_t* p, I a) {

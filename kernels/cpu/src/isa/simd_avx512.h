@@ -26,6 +26,7 @@ struct Bytes {
 constexpr int kLinearRows = 8;       // rows that share a pass over the weights
 constexpr int kRowBlocks = 2;        // column blocks in flight for several rows
 constexpr int kChainedOutputs = 4;   // most outputs that have two sums each
+constexpr int kFractionChains = 5;   // sums of a row's products with undivided ternary codes, or 0
 constexpr int kGemmRows = 8;         // rows of the float micro kernel
 constexpr int kGemmVectors = 2;      // its columns, in vectors
 constexpr int kThinVectors = 4;      // its columns for up to four rows
@@ -104,6 +105,10 @@ inline F PowerOfTwo(I exponent) {
 template <int kPlaces>
 inline I ShiftLeft(I a) {
   return {_mm512_slli_epi32(a.v, kPlaces)};
+}
+template <int kPlaces>
+inline I ShiftRightSigned(I a) {
+  return {_mm512_srai_epi32(a.v, kPlaces)};
 }
 inline F AsFloat(I a) { return {_mm512_castsi512_ps(a.v)}; }
 inline void StoreInt8(int8_t* p, I a) {

@@ -32,6 +32,7 @@ struct Bytes {
 constexpr int kLinearRows = 4;       // rows that share a pass over the weights
 constexpr int kRowBlocks = 1;        // column blocks in flight for several rows
 constexpr int kChainedOutputs = 1;   // most outputs that have two sums each
+constexpr int kFractionChains = 0;   // sums of a row's products with undivided ternary codes, or 0
 constexpr int kGemmRows = 4;         // rows of the float micro kernel
 constexpr int kGemmVectors = 1;      // its columns, in vectors
 constexpr int kThinVectors = 1;      // its columns for up to four rows
@@ -179,6 +180,10 @@ template <int kPlaces>
 inline I ShiftLeft(const I& a) {
   return ForLanes<I>(
       [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kPlaces); });
+}
+template <int kPlaces>
+inline I ShiftRightSigned(const I& a) {
+  return ForLanes<I>([&](int i) { return a.v[i] >> kPlaces; });
 }
 // The same bits as a float.
 inline F AsFloat(const I& a) {
