@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.backends.cpu.ops import FLOAT_ACTIVATIONS, INT8_PER_GROUP, UnpackedWeight
+from qcompile.backends.cpu.activations import IntegerActivations
+from qcompile.backends.cpu.ops import UnpackedWeight
 from qcompile.ir import dialect
 from qcompile.kernels.cpu.layout import WeightLayout
-from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.experts.reference import expert_hidden, expert_output
-from qcompile.kernels.quantize.reference import dynamic_scale, quantize
 
 
 def cpu_experts(
@@ -51,8 +50,8 @@ def cpu_experts(
         gated: Whether the first matrices hold a gate as well.
         limit: Bound of the gate and of the other half.
         offset: Added to the other half.
-        act: How what both products read is rounded: ``"float"``, ``"int8_token"`` or
-            ``"int8_group"``.
+        act: How what both products read is rounded: ``"float"``, or `IntegerActivations` whose
+            scales are measured.
 
     Returns:
         ``[T, k]`` float32.
@@ -60,19 +59,15 @@ def cpu_experts(
     inner = n // 2 if gated else n
     first = _matrices(up, count, n, k, up_layout).to(x.dtype)
     second = _matrices(down, count, k, inner, down_layout).to(x.dtype)
-    groups = [
-        WeightLayout.parse(layout).group_size if act == INT8_PER_GROUP else 0
-        for layout in (up_layout, down_layout)
-    ]
-    read = x if act == FLOAT_ACTIVATIONS else _rounded(x, groups[0])
+    read = _rounded(x, act, up_layout)
     hidden = expert_hidden(read, index, first, up_bias, kind, gated, limit, offset)
-    read = hidden if act == FLOAT_ACTIVATIONS else _rounded(hidden, groups[1])
+    read = _rounded(hidden, act, down_layout)
     return expert_output(read, index, weight, second, down_bias)
 
 
-def _rounded(x: Tensor, group_size: int) -> Tensor:
-    scale = dynamic_scale(x, 8, group_size)
-    return dequantize(quantize(x, scale, None, 8, group_size), scale, None, 8, group_size)
+def _rounded(x: Tensor, act: str, layout: str) -> Tensor:
+    rounding = IntegerActivations.parse(act)
+    return x if rounding is None else rounding.round(x, WeightLayout.parse(layout).group_size)
 
 
 def _matrices(packed: Tensor, count: int, n: int, k: int, layout: str) -> Tensor:

@@ -12,23 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qcompile.backends.cpu.activations import IntegerActivations
 from qcompile.ir import dialect
 from qcompile.kernels.attention.reference import attention
 from qcompile.kernels.cpu.layout import WeightLayout, unpack_linear
 from qcompile.kernels.dequantize.reference import dequantize
 from qcompile.kernels.lookup.levels import levels as levels_of
 from qcompile.kernels.lookup.reference import look_up, lookup
-from qcompile.kernels.quantize.reference import dynamic_scale, quantize
 from qcompile.kernels.rope.reference import rope
-
-FLOAT_ACTIVATIONS = "float"
-INT8_PER_TOKEN = "int8_token"
-INT8_PER_GROUP = "int8_group"
-INT8_STATIC = "int8_static"
-UINT8_STATIC = "uint8_static"
-
-MIDDLE_CODE = 128
-"""What unsigned codes are moved by, so that they are signed bytes."""
 
 
 def cpu_linear(
@@ -52,23 +43,20 @@ def cpu_linear(
         n: Output features.
         k: Input features.
         layout: How the weight is stored, the text of a `WeightLayout`.
-        act: How `x` is rounded first: ``"float"`` is not at all; ``"int8_token"`` and
-            ``"int8_group"`` by scales that are measured; ``"int8_static"`` by that of `grid`; and
-            ``"uint8_static"`` by its scale and zero point. Kernels multiply ``(code - 128) *
-            scale`` then, and `bias` holds what that lacks, ``(128 - zero point) * scale * sum(w)``.
+        act: How `x` is rounded first: ``"float"`` is not at all, others are `IntegerActivations`.
+            Of codes without a sign kernels multiply ``(code - middle) * scale``, and `bias` holds
+            what that lacks, ``(middle - zero point) * scale * sum(w)``.
         grid: Scale and zero point of static codes, ``[2]`` float32; else None.
 
     Returns:
         ``[..., n]`` float32.
     """
     weight = UnpackedWeight.of(packed, n, k, WeightLayout.parse(layout))
-    if grid is not None:
-        x = _rounded_statically(x, grid, act)
-        bias = _whole_bias(bias, weight, grid) if act == UINT8_STATIC else bias
-    elif act != FLOAT_ACTIVATIONS:
-        group = weight.layout.group_size if act == INT8_PER_GROUP else 0
-        scale = dynamic_scale(x, 8, group)
-        x = dequantize(quantize(x, scale, None, 8, group), scale, None, 8, group)
+    rounding = IntegerActivations.parse(act)
+    if rounding is not None:
+        x = rounding.round(x, weight.layout.group_size, grid)
+        if grid is not None and not rounding.signed:
+            bias = _whole_bias(bias, weight, grid, rounding.middle)
     # Some rows at a time: a projection to the vocabulary is large, and larger in float64.
     blocks = torch.arange(n).split(max(1, _DECODED_AT_A_TIME // k))
     y = torch.cat([x @ weight.rows(block).to(x.dtype).T for block in blocks], dim=-1)
@@ -77,16 +65,11 @@ def cpu_linear(
     return y if residual is None else y + residual
 
 
-def _rounded_statically(x: Tensor, grid: Tensor, act: str) -> Tensor:
-    scale, zero_point = grid[:1], grid[1:].to(torch.uint8) if act == UINT8_STATIC else None
-    return dequantize(quantize(x, scale, zero_point, 8, 0), scale, zero_point, 8, 0)
-
-
-def _whole_bias(bias: Tensor | None, weight: UnpackedWeight, grid: Tensor) -> Tensor:
+def _whole_bias(bias: Tensor | None, weight: UnpackedWeight, grid: Tensor, middle: int) -> Tensor:
     """The bias of a layer whose codes need not be moved."""
     assert bias is not None
     rows = weight.rows(torch.arange(len(bias))).to(grid.dtype)
-    return bias + (grid[1] - MIDDLE_CODE) * grid[0] * rows.sum(1)
+    return bias + (grid[1] - middle) * grid[0] * rows.sum(1)
 
 
 def cpu_embedding(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcompile.backends.base import Capabilities, Finding, Packed, Target
+from qcompile.backends.cpu.activations import WIDTHS
 from qcompile.backends.cpu.finite import refuse_non_finite
 from qcompile.backends.cpu.lower import lower_phase, store_phase
 from qcompile.backends.cpu.packable import unmultipliable_reason, unpackable_reason
@@ -27,7 +28,8 @@ CAPACITY = "capacity"
 _CACHE_ROLES = (Role.PAST_KEY, Role.PAST_VALUE, Role.PRESENT_KEY, Role.PRESENT_VALUE)
 
 
-_ACTIVATIONS = frozenset({"int8", "int8-asym", *map(str, FLOATS)})
+_INTEGERS = [f"int{bits}{zero_points}" for bits in WIDTHS for zero_points in ("", "-asym")]
+_ACTIVATIONS = frozenset({*_INTEGERS, *map(str, FLOATS)})
 
 
 class CpuTarget(Target):
@@ -37,7 +39,7 @@ class CpuTarget(Target):
 
     @property
     def capabilities(self) -> Capabilities:
-        """What the kernels read; activations of 8-bit integers, or floats of any width."""
+        """What the kernels read; activations of integers and floats of any width."""
         return Capabilities(
             weight_format=unmultipliable_reason,
             embedding_format=unpackable_reason,

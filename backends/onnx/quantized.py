@@ -44,6 +44,7 @@ aten = torch.ops.aten
 _TABLE = Table()
 
 _FLOAT, _UINT8 = ir.DataType.FLOAT, ir.DataType.UINT8
+_BYTE = 8
 _MIDDLE = 128
 """Code of 0 where symmetric 8-bit codes stand as unsigned ones."""
 
@@ -139,7 +140,7 @@ def _dequantize(
     group_size: int,
 ) -> ir.Value:
     rounded = rounded_input(b.node)
-    if rounded is None or not rounded.is_static_byte:
+    if rounded is None or rounded.bits != _BYTE or not rounded.has_one_stored_scale:
         return standard.dequantize(b, codes, scale, zero_point, bits, group_size)
     return _rounded_per_tensor(b, rounded)
 

@@ -42,17 +42,10 @@ class RoundedInput:
         return is_measured and self.zero_point is None
 
     @property
-    def is_static_byte(self) -> bool:
-        """Whether all values become 8-bit codes by one stored scale, and zero point if any."""
-        stored = (self.scale, self.zero_point)
-        return (
-            self.bits == _BYTE
-            and all(node is None or node.op == "get_attr" for node in stored)
-            and self.scale.meta["val"].numel() == 1
-        )
-
-
-_BYTE = 8
+    def has_one_stored_scale(self) -> bool:
+        """Whether all values become codes by one stored scale, and zero point if any."""
+        are_stored = all(n is None or n.op == "get_attr" for n in (self.scale, self.zero_point))
+        return are_stored and self.scale.meta["val"].numel() == 1
 
 
 def rounded_input(node: object) -> RoundedInput | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
 
-from qcompile.backends.cpu import expert_ops, ops
+from qcompile.backends.cpu import activations, expert_ops
 from qcompile.backends.cpu.lower.fuse_linear import measured
 from qcompile.backends.cpu.lower.pack_weight import PackedWeight, pack_weight
 from qcompile.formats import stored_weight
@@ -28,7 +28,7 @@ class FuseExperts(Pass):
     2. ``expert_output(h, index, weight, dequantize(D), c)`` with
        ``h = expert_hidden(x, index, dequantize(U), b, ...)``, where `x` and `h` are rounded by
        ``dequantize(quantize(.))``, one scale per token or per group of the weight  =>  the same
-       with ``act="int8_token"`` or ``"int8_group"``
+       with ``act="int8_token"`` or ``"int8_group"``, or those of fewer bits
 
     The kernel reads the matrices of the experts that tokens are routed to, and no others. Experts
     of which one matrix is float, or whose inputs are rounded in another way, are left to standard
@@ -111,14 +111,16 @@ def _fused(editor: Editor, experts: _Experts) -> fx.Node | None:
 def _act(rounded: Sequence[RoundedInput], packed: Sequence[PackedWeight]) -> str | None:
     """How the kernel rounds what both products read; None if it does not do so."""
     if not rounded:
-        return ops.FLOAT_ACTIVATIONS
+        return activations.FLOAT
     layouts = [one.layout for one in packed]
     if not all(layout.multiplies_bytes for layout in layouts):
         return None
     acts = [measured(x, layout.group_size) for x, layout in zip(rounded, layouts, strict=True)]
-    if acts[0] == acts[1]:
-        return acts[0]
     # One group per row is a scale per token, by either name.
-    per_token = layouts[acts.index(ops.INT8_PER_TOKEN)] if ops.INT8_PER_TOKEN in acts else None
-    grouped = ops.INT8_PER_GROUP in acts and per_token is not None and not per_token.group_size
-    return ops.INT8_PER_GROUP if grouped else None
+    either = [
+        act if act is None or layout.group_size else replace(act, scales="group")
+        for act, layout in zip(acts, layouts, strict=True)
+    ]
+    if acts[0] is not None and acts[0] == acts[1]:
+        return str(acts[0])
+    return str(either[0]) if either[0] is not None and either[0] == either[1] else None

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from qcompile.backends.cpu import ops
+from qcompile.backends.cpu import activations, ops
+from qcompile.backends.cpu.activations import IntegerActivations
 from qcompile.backends.cpu.lower.pack_weight import PackedWeight, pack_weight
 from qcompile.backends.cpu.lower.static_activations import static_input
 from qcompile.formats import StoredWeight, stored_weight
@@ -27,7 +28,8 @@ class FuseLinear(Pass):
     2. the same with `x` rounded by ``dequantize(quantize(x))``, one scale per token or per group
        of the weight                             =>  ``act="int8_token"`` or ``"int8_group"``
     3. the same with `x` rounded by one stored scale  =>  ``act="int8_static"``, or
-       ``"uint8_static"`` with a zero point, which goes into the bias; see `static_activations`
+       ``"uint8_static"`` with a zero point, which goes into the bias; see `static_activations`.
+       Codes of fewer bits are ``"int4_token"`` and so on: `IntegerActivations`
     4. ``embedding(dequantize(W), ids)``         =>  ``cpu_embedding(ids, packed W)``
 
     ``lookup(W)`` stands where ``dequantize(W)`` does; its inputs' rounding stays a node of its own
@@ -61,23 +63,20 @@ class FuseLinear(Pass):
 def _linear(editor: Editor, node: fx.Node, weight: StoredWeight, packed: PackedWeight) -> fx.Node:
     x: Any = node.args[0]
     bias: Any = node.args[2] if len(node.args) > 2 else None
-    how: tuple[Any, ...] = (ops.FLOAT_ACTIVATIONS,)
+    how: tuple[Any, ...] = (activations.FLOAT,)
     rounded = rounded_input(x) if packed.layout.multiplies_bytes else None
     if rounded is not None:
         if (act := measured(rounded, packed.layout.group_size)) is not None:
-            x, how = rounded.source, (act,)
+            x, how = rounded.source, (str(act),)
         elif (static := static_input(editor, node, rounded, weight)) is not None:
             x, bias, how = rounded.source, static.bias, (static.act, static.grid)
     return editor.call(ops.linear, x, packed.node, bias, None, *packed.arguments, *how)
 
 
-def measured(rounded: RoundedInput, group_size: int) -> str | None:
+def measured(rounded: RoundedInput, group_size: int) -> IntegerActivations | None:
     """How the kernels round an input whose scales are measured at run time, if they can."""
-    if not rounded.is_dynamic or rounded.bits != _INT8_BITS:
+    if not rounded.is_dynamic or rounded.bits not in activations.WIDTHS:
         return None
     if rounded.group_size not in (0, group_size):
         return None
-    return ops.INT8_PER_GROUP if rounded.group_size else ops.INT8_PER_TOKEN
-
-
-_INT8_BITS = 8
+    return IntegerActivations(rounded.bits, "group" if rounded.group_size else "token")

@@ -1,9 +1,10 @@
 """Activations of one static scale: what the integer kernels are given in their place.
 
-Codes with a zero point are unsigned, and the kernels multiply signed bytes: codes are moved by 128,
-and what the products then lack is the same for every token. It goes into the bias::
+Codes with a zero point are unsigned, and the kernels multiply signed bytes: codes are moved by half
+of their range, m, and what the products then lack is the same for every token. It goes into the
+bias::
 
-    (q - z) s . w  =  (q - 128) s . w  -  (z - 128) s . sum(w)
+    (q - z) s . w  =  (q - m) s . w  -  (z - m) s . sum(w)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.backends.cpu import ops
+from qcompile.backends.cpu.activations import IntegerActivations
 from qcompile.formats import QuantizedWeight, StoredWeight
 from qcompile.ir.edit import Editor
 from qcompile.ir.weights import TensorSpec
@@ -27,7 +28,7 @@ class StaticInput:
     """The operands of a layer over static codes.
 
     Attributes:
-        act: ``"int8_static"`` or ``"uint8_static"``.
+        act: How they are rounded, as a node says it.
         grid: Scale and zero point, ``[2]`` float32.
         bias: The layer's, with the zero point's part; or None.
     """
@@ -53,13 +54,12 @@ def static_input(
     """
     bias = linear.args[2] if len(linear.args) > 2 else None
     assert bias is None or isinstance(bias, fx.Node)
-    if not rounded.is_static_byte or (bias is not None and bias.op != "get_attr"):
+    if not rounded.has_one_stored_scale or (bias is not None and bias.op != "get_attr"):
         return None
-    grid = _grid(editor, rounded)
-    if rounded.zero_point is None:
-        return StaticInput(ops.INT8_STATIC, grid, bias)
-    folded = _folded_bias(editor, linear, rounded, rounded.zero_point, weight, bias)
-    return StaticInput(ops.UINT8_STATIC, grid, folded)
+    act = IntegerActivations(rounded.bits, "static", signed=rounded.zero_point is None)
+    if rounded.zero_point is not None:
+        bias = _folded_bias(editor, linear, rounded, act.middle, weight, bias)
+    return StaticInput(str(act), _grid(editor, rounded), bias)
 
 
 def _grid(editor: Editor, rounded: RoundedInput) -> fx.Node:
@@ -82,7 +82,7 @@ def _folded_bias(
     editor: Editor,
     linear: fx.Node,
     rounded: RoundedInput,
-    zero_point: fx.Node,
+    middle: int,
     weight: StoredWeight,
     bias: fx.Node | None,
 ) -> fx.Node:
@@ -92,11 +92,11 @@ def _folded_bias(
         decoded = format.decode(
             QuantizedWeight(format, shape, dict(zip(parts, rest, strict=False)))
         )
-        lacking = (zero.to(torch.float64) - ops.MIDDLE_CODE) * scale
+        lacking = (zero.to(torch.float64) - middle) * scale
         folded = -lacking * decoded.to(torch.float64).sum(1)
         return folded if bias is None else folded + rest[-1]
 
-    stored: Sequence[Any] = (rounded.scale, zero_point, *weight.tensors.values())
+    stored: Sequence[Any] = (rounded.scale, rounded.zero_point, *weight.tensors.values())
     operands = tuple(str(node.target) for node in (*stored, *([] if bias is None else [bias])))
     name = f"{weight.name}.{linear.name}.folded_bias"
     spec = TensorSpec((shape[0],), torch.float32)

@@ -31,6 +31,7 @@ struct QuantizeRow {
   int64_t group_size;  // of the weight: one sum of codes per group
   bool scale_per_group;
   const StaticGrid* grid;  // null: scales are measured
+  int32_t largest;         // code that measured scales give the largest magnitude, 1 to 127
   int8_t* codes;           // [padded_k]
   int32_t* sums;           // [groups]
   float* scales;           // [groups], or [1]

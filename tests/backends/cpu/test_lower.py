@@ -226,7 +226,6 @@ def rounded_by_hand(
     "before",
     [
         pytest.param(partial(rounded_by_hand, group=32), id="another group than the weight's"),
-        pytest.param(partial(rounded_by_hand, bits=4), id="codes of 4 bits"),
         pytest.param(partial(rounded_by_hand, scale_bits=7), id="the scale of another width"),
         pytest.param(partial(rounded_by_hand, scale_of=2), id="the scale of another tensor"),
     ],

@@ -71,7 +71,7 @@ def test_rounding_by_a_stored_scale_becomes_an_operand(format: str) -> None:
     assert "qc.quantize" not in body(after)
 
 
-@pytest.mark.parametrize("format", TEXT)
+@pytest.mark.parametrize("format", [*TEXT, "int4", "int5-asym"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "weights", ["int8", "int4-g16-asym", "int4-g16-asym16", "ternary-g16", "mxfp4"]
@@ -87,7 +87,7 @@ def test_lowered_layer_computes_the_same(format: str, bias: bool, weights: str) 
 
 @pytest.mark.parametrize(
     ("weights", "options"),
-    [("int8", {"format": "int4"}), ("nf4-g16", {"format": "int8"}), ("int8", {"format": "fp8"})],
+    [("nf4-g16", {"format": "int8"}), ("int8", {"format": "fp8"})],
 )
 def test_what_the_kernels_do_not_multiply_stays_nodes(
     weights: str, options: Mapping[str, Any]

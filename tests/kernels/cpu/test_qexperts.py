@@ -206,7 +206,7 @@ def test_threads_do_not_change_a_bit(run_node: NodeRunner) -> None:
         ({"down_bits": 9}, "bits = 9 is not supported"),
         ({"kind": "softplus"}, "is none of silu"),
         ({"act": "int8_static"}, "experts have no static activations"),
-        ({"act": "int4_token"}, "is none of 'float'"),
+        ({"act": "int9_token"}, "is none of 'float'"),
     ],
 )
 def test_what_does_not_fit_is_refused(

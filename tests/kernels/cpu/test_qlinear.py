@@ -97,29 +97,32 @@ class Weight:
         }
 
 
-def quantize(x: np.ndarray, span: int) -> tuple[np.ndarray, np.ndarray]:
-    """Symmetric int8 over `span` columns: codes int32 [M, K] and scales float32 [M, K / span]."""
+def quantize(x: np.ndarray, span: int, bits: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric codes over `span` columns: int32 [M, K], with scales float32 [M, K / span]."""
+    largest = 2 ** (bits - 1) - 1
     codes = np.empty(x.shape, np.int32)
     scales = []
     for begin in range(0, x.shape[1], span):
         part = x[:, begin : begin + span]
-        scale = (np.abs(part).max(axis=1, keepdims=True) / np.float32(127)).astype(np.float32)
+        scale = (np.abs(part).max(axis=1, keepdims=True) / np.float32(largest)).astype(np.float32)
         scale[scale == 0] = 1
-        codes[:, begin : begin + span] = np.clip(np.rint(part / scale), -127, 127)
+        codes[:, begin : begin + span] = np.clip(np.rint(part / scale), -largest, largest)
         scales.append(scale)
     return codes, np.concatenate(scales, axis=1)
 
 
-def int8_oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:
+def integer_oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:
     """Exact integer sums per group, then float32 in the order of the groups."""
     k = x.shape[1]
-    codes, scales = quantize(x, k if act == "int8_token" else weight.span)
+    integer, granularity = act.split("_")
+    per_token = granularity == "token"
+    codes, scales = quantize(x, k if per_token else weight.span, int(integer.removeprefix("int")))
     centred = weight.centred()
     y = np.zeros((x.shape[0], weight.codes.shape[0]), np.float32)
     for g, begin in enumerate(range(0, k, weight.span)):
         part = slice(begin, begin + weight.span)
         exact = codes[:, part].astype(np.float64) @ centred[:, part].T
-        act_scale = scales[:, :1] if act == "int8_token" else scales[:, g : g + 1]
+        act_scale = scales[:, :1] if per_token else scales[:, g : g + 1]
         y += exact.astype(np.float32) * (weight.scale[:, g] * act_scale)
     return y
 
@@ -127,7 +130,7 @@ def int8_oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:
 def oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:
     if act == "float":
         return x.astype(np.float64) @ weight.floats().T
-    return int8_oracle(x, weight, act)
+    return integer_oracle(x, weight, act)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -261,6 +264,16 @@ def test_nan_and_infinity_reach_only_their_row(run_node, isa, act, poison) -> No
         # except that float activations leave |inf * w| = inf.
         assert not np.isfinite(y[1]).any()
         assert np.isfinite(np.delete(y, 1, axis=0)).all()
+
+
+@pytest.mark.parametrize("act", ["int2_token", "int4_token", "int4_group", "int7_group"])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_activations_of_few_bits_match_oracle(run_node, isa, act, rows) -> None:
+    weight = Weight.random(40, 131, group_size=32, zeros=True)
+    x = activations(rows, 131)
+    x[0, :32] = 1e-45 * np.arange(-16, 16)  # scales this small are coarse: codes meet their bounds
+    (y,) = run_node("QLinear", [x, weight.packed()], act=act, **weight.attributes())
+    assert relative_error(y, oracle(x, weight, act)) < TOLERANCE
 
 
 def test_no_rows_give_an_empty_output(run_node, isa) -> None:

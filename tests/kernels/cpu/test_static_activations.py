@@ -12,16 +12,23 @@ from tests.kernels.cpu.test_qlinear import TOLERANCE, Weight, activations, relat
 
 SYMMETRIC = np.array([0.02, 0.0], np.float32)
 ASYMMETRIC = np.array([0.02, 37.0], np.float32)
-GRIDS = {"int8_static": SYMMETRIC, "uint8_static": ASYMMETRIC}
+GRIDS = {
+    "int8_static": SYMMETRIC,
+    "uint8_static": ASYMMETRIC,
+    "int4_static": np.array([0.3, 0.0], np.float32),
+    "uint5_static": np.array([0.15, 11.0], np.float32),
+}
 
 
 def codes_of(x: np.ndarray, act: str) -> np.ndarray:
-    """What the kernel multiplies: int32 codes, those of uint8 less 128."""
+    """What the kernel multiplies: int32 codes, those without a sign less half of their range."""
     scale, zero = GRIDS[act]
+    bits = int(act.partition("int")[2].partition("_")[0])
     steps = np.nan_to_num(np.rint(x / scale), nan=0.0, posinf=np.inf, neginf=-np.inf)
-    if act == "int8_static":
-        return np.clip(steps, -127, 127).astype(np.int32)
-    return np.clip(steps + zero, 0, 255).astype(np.int32) - 128
+    if act.startswith("int"):
+        largest = 2 ** (bits - 1) - 1
+        return np.clip(steps, -largest, largest).astype(np.int32)
+    return np.clip(steps + zero, 0, 2**bits - 1).astype(np.int32) - 2 ** (bits - 1)
 
 
 def oracle(x: np.ndarray, weight: Weight, act: str) -> np.ndarray:

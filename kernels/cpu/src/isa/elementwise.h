@@ -64,9 +64,9 @@ void GatedActivation(Activation kind, const float* gate, const float* up, float*
   }
 }
 
-// Symmetric int8: scale = max |x| / 127, or 1 where that is 0. A NaN gives a NaN scale and an
-// infinity an infinite one, so that neither is lost in the integers.
-inline float Int8Scale(const float* x, int64_t count) {
+// Symmetric codes: scale = max |x| / largest code, or 1 where that is 0. A NaN gives a NaN scale
+// and an infinity an infinite one, so that neither is lost in the integers.
+inline float MeasuredScale(const float* x, int64_t count, int32_t largest_code) {
   I largest = ZeroI();
   for (int64_t i = 0; i < count; i += 16) {
     largest = Max(largest, AbsBits(LoadN(x + i, Least(16, count - i))));
@@ -74,15 +74,19 @@ inline float Int8Scale(const float* x, int64_t count) {
   const int32_t bits = ReduceMax(largest);
   float magnitude;
   memcpy(&magnitude, &bits, sizeof(magnitude));
-  const float scale = magnitude / 127.0f;
+  const float scale = magnitude / static_cast<float>(largest_code);
   return scale == 0.0f ? 1.0f : scale;
 }
 
 // A true division, so that codes equal those of the reference bit for bit.
 struct MeasuredCodes {
   float scale;
+  int32_t largest;
 
-  I operator()(F x) const { return Max(Set1(-127), Round(x / Set1(scale))); }
+  // The scales of the least floats are coarse, so that their codes have to be bounded too.
+  I operator()(F x) const {
+    return Max(Set1(-largest), Min(Set1(largest), Round(x / Set1(scale))));
+  }
 };
 
 struct StaticCodes {
@@ -126,7 +130,7 @@ void QuantizeActivations(const QuantizeRow& row) {
   if (row.grid != nullptr) {
     scale = row.grid->scale;
   } else if (!row.scale_per_group) {
-    scale = Int8Scale(row.x, row.k);
+    scale = MeasuredScale(row.x, row.k, row.largest);
   }
   if (!row.scale_per_group) row.scales[0] = scale;
   for (int64_t begin = 0, g = 0; begin < row.k; begin += row.group_size, ++g) {
@@ -134,14 +138,14 @@ void QuantizeActivations(const QuantizeRow& row) {
     const bool last = begin + row.group_size >= row.k;
     const int64_t padded = last ? row.padded_k - begin : row.group_size;
     if (row.scale_per_group) {
-      scale = Int8Scale(row.x + begin, count);
+      scale = MeasuredScale(row.x + begin, count, row.largest);
       row.scales[g] = scale;
     }
     const float* x = row.x + begin;
     int8_t* codes = row.codes + begin;
     row.sums[g] = row.grid != nullptr
                       ? QuantizeGroup(x, count, padded, StaticCodes{*row.grid}, codes)
-                      : QuantizeGroup(x, count, padded, MeasuredCodes{scale}, codes);
+                      : QuantizeGroup(x, count, padded, MeasuredCodes{scale, row.largest}, codes);
   }
 }
 

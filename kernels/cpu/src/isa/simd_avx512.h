@@ -88,6 +88,7 @@ inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I operator*(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline I Max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline I Min(I a, I b) { return {_mm512_min_epi32(a.v, b.v)}; }
 inline int32_t ReduceAdd(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline int32_t ReduceMax(I a) { return _mm512_reduce_max_epi32(a.v); }
 inline I LowNibbles(I a) { return {_mm512_and_si512(a.v, _mm512_set1_epi32(15))}; }

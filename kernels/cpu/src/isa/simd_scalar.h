@@ -128,6 +128,9 @@ inline I operator*(const I& a, const I& b) {
 inline I Max(const I& a, const I& b) {
   return ForLanes<I>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+inline I Min(const I& a, const I& b) {
+  return ForLanes<I>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline int32_t ReduceAdd(const I& a) {
   int32_t r = 0;
   for (int i = 0; i < 16; ++i) r += a.v[i];

@@ -19,32 +19,38 @@ const float* NormedRow(const KernelTable& kernels, const LinearInput& input, int
 
 ActivationFormat ReadActivationFormat(const Attributes& attributes) {
   const std::string act = attributes.String("act", "float");
-  if (act == "float") return ActivationFormat::kFloat;
-  if (act == "int8_token") return ActivationFormat::kInt8PerToken;
-  if (act == "int8_group") return ActivationFormat::kInt8PerGroup;
-  if (act == "int8_static") return ActivationFormat::kInt8Static;
-  if (act == "uint8_static") return ActivationFormat::kUint8Static;
+  if (act == "float") return {ActivationScales::kFloat, 0};
+  for (int bits = 2; bits <= 8; ++bits) {
+    const std::string codes = "int" + std::to_string(bits);
+    if (act == codes + "_token") return {ActivationScales::kPerToken, bits};
+    if (act == codes + "_group") return {ActivationScales::kPerGroup, bits};
+    if (act == codes + "_static") return {ActivationScales::kStatic, bits};
+    if (act == "u" + codes + "_static") return {ActivationScales::kStaticUnsigned, bits};
+  }
   Fail("act = '", act,
-       "' is none of 'float', 'int8_token', 'int8_group', 'int8_static', 'uint8_static'");
+       "' is none of 'float', 'int8_token', 'int8_group', 'int8_static', 'uint8_static', or these "
+       "with 2 to 7 bits");
 }
 
 StaticGrid ReadGrid(const Context& context, size_t index, ActivationFormat format) {
-  const bool symmetric = format == ActivationFormat::kInt8Static;
-  const bool is_static = symmetric || format == ActivationFormat::kUint8Static;
   const auto numbers = context.Input<float>(index);
-  Require(bool{numbers} == is_static, "a grid is given to static activations, and only to them");
-  if (!is_static) return {};
+  Require(bool{numbers} == format.is_static(),
+          "a grid is given to static activations, and only to them");
+  if (!format.is_static()) return {};
   Require(numbers.shape.rank == 1 && numbers.shape[0] == 2, "the grid has shape ", numbers.shape,
           " instead of [2]");
   const float scale = numbers.data[0], zero = numbers.data[1];
-  if (symmetric) return {scale, -127.0f, 127.0f, 0};
-  constexpr float kMost = 255.0f;
-  Require(zero >= 0.0f && zero <= kMost, "the zero point of the grid is no code");
-  return {scale, -zero, kMost - zero, static_cast<int32_t>(zero) - 128};
+  if (format.scales == ActivationScales::kStatic) {
+    const auto largest = static_cast<float>(format.largest_signed());
+    return {scale, -largest, largest, 0};
+  }
+  const auto most = static_cast<float>((1 << format.bits) - 1);
+  Require(zero >= 0.0f && zero <= most, "the zero point of the grid is no code");
+  return {scale, -zero, most - zero, static_cast<int32_t>(zero) - (1 << (format.bits - 1))};
 }
 
 void RequireProduct(const PackedLayout& layout, ActivationFormat format) {
-  if (format == ActivationFormat::kFloat) return;
+  if (format.is_float()) return;
   // 255 * 128 * 65536 is the largest dot product that int32 holds.
   constexpr int64_t kLongestGroup = 65536;
   Require(layout.group_size <= kLongestGroup, "int8 activations need groups of at most ",
@@ -67,7 +73,7 @@ LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_
   constexpr int64_t kPanelBytes = 512 * 1024;
   constexpr int64_t kTaskBytes = 32 * 1024;
   constexpr int64_t kBlockMultiple = 4;  // a whole number of passes for every kernel
-  const bool is_float = format_ == ActivationFormat::kFloat;
+  const bool is_float = format_.is_float();
   const PanelKernels* panels = Panels(rows);
   int64_t multiple = 24, most = is_float ? kLinearFloatRows : rows;  // 8 rows go together, or 4
   if (panels != nullptr) {
@@ -89,14 +95,12 @@ LinearProduct::Split LinearProduct::SplitWork(const PackedLayout& layout, int64_
 }
 
 const PanelKernels* LinearProduct::Panels(int64_t rows) const {
-  const bool is_float = format_ == ActivationFormat::kFloat;
-  const PanelKernels* panels = is_float ? kernels_.float_panels : kernels_.panels;
+  const PanelKernels* panels = format_.is_float() ? kernels_.float_panels : kernels_.panels;
   return panels != nullptr && rows >= panels->least_rows ? panels : nullptr;
 }
 
 LinearTile LinearProduct::Prepare(const LinearInput& input, const PackedLayout& layout) const {
-  return format_ == ActivationFormat::kFloat ? PrepareFloat(input, layout)
-                                             : PrepareInt8(input, layout);
+  return format_.is_float() ? PrepareFloat(input, layout) : PrepareIntegers(input, layout);
 }
 
 LinearTile LinearProduct::PrepareFloat(const LinearInput& input, const PackedLayout& layout) const {
@@ -119,11 +123,10 @@ LinearTile LinearProduct::PrepareFloat(const LinearInput& input, const PackedLay
   });
 }
 
-LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayout& layout) const {
-  const bool per_group = format_ == ActivationFormat::kInt8PerGroup;
-  const bool is_static =
-      format_ == ActivationFormat::kInt8Static || format_ == ActivationFormat::kUint8Static;
-  const StaticGrid* grid = is_static ? &input.grid : nullptr;
+LinearTile LinearProduct::PrepareIntegers(const LinearInput& input,
+                                          const PackedLayout& layout) const {
+  const bool per_group = format_.scales == ActivationScales::kPerGroup;
+  const StaticGrid* grid = format_.is_static() ? &input.grid : nullptr;
   const int64_t k = layout.k, padded_k = layout.padded_k(), groups = layout.groups();
   const int64_t scales_per_row = per_group ? groups : 1;
   const int64_t row_bytes = padded_k + 4 * (groups + scales_per_row);
@@ -141,8 +144,8 @@ LinearTile LinearProduct::PrepareInt8(const LinearInput& input, const PackedLayo
   const auto quantize = [&](int64_t r) {
     float* buffer = input.normed ? ScratchFloats(ScratchSlot::kWorker, k) : nullptr;
     kernels_.quantize_row({NormedRow(kernels_, input, k, r, buffer), k, padded_k, layout.group_size,
-                           per_group, grid, codes + r * padded_k, sums + r * groups,
-                           scales + r * scales_per_row});
+                           per_group, grid, format_.largest_signed(), codes + r * padded_k,
+                           sums + r * groups, scales + r * scales_per_row});
   };
   return PackPanels(tile, input, quantize);
 }

@@ -10,13 +10,28 @@
 
 namespace qcompile::cpu {
 
-enum class ActivationFormat { kFloat, kInt8PerToken, kInt8PerGroup, kInt8Static, kUint8Static };
+// How activations are rounded first: not at all, by scales that are measured per token or per group
+// of the weight, or by a stored scale for all, and a zero point if they have no sign.
+enum class ActivationScales { kFloat, kPerToken, kPerGroup, kStatic, kStaticUnsigned };
 
+struct ActivationFormat {
+  ActivationScales scales;
+  int bits;  // of the codes, 2 to 8; all are multiplied as bytes
+
+  bool is_float() const { return scales == ActivationScales::kFloat; }
+  bool is_static() const {
+    return scales == ActivationScales::kStatic || scales == ActivationScales::kStaticUnsigned;
+  }
+  int32_t largest_signed() const { return (1 << (bits - 1)) - 1; }
+};
+
+// The attribute `act`: "float", or "int8_token", "int4_group", "int8_static", "uint4_static" and so
+// on.
 ActivationFormat ReadActivationFormat(const Attributes& attributes);
 
 // The input [2] that says how activations of a static format are rounded: their scale, and the code
-// of 0. Codes with a zero point are moved by 128, to int8; that the products then lack the zero
-// point is made up for in the bias. Other formats have no such input.
+// of 0. Codes with a zero point are moved by half of their range, to int8; that the products then
+// lack the zero point is made up for in the bias. Other formats have no such input.
 StaticGrid ReadGrid(const Context& context, size_t index, ActivationFormat format);
 
 // Throws unless a weight can be multiplied with activations of a format.
@@ -68,7 +83,7 @@ class LinearProduct {
   const PanelKernels* Panels(int64_t rows) const;
   LinearTile Prepare(const LinearInput& input, const PackedLayout& layout) const;
   LinearTile PrepareFloat(const LinearInput& input, const PackedLayout& layout) const;
-  LinearTile PrepareInt8(const LinearInput& input, const PackedLayout& layout) const;
+  LinearTile PrepareIntegers(const LinearInput& input, const PackedLayout& layout) const;
   // Makes all rows, and panels of them if they go that way.
   template <class MakeRow>
   LinearTile PackPanels(LinearTile tile, const LinearInput& input, MakeRow make_row) const;

@@ -132,8 +132,7 @@ class QExperts : public Operator {
     Require(count_ > 0 && count_ < kMostExperts, "count = ", count_, " is no number of experts");
     Require(down_.n == up_.k && down_.k == gate_.Inner(up_.n), "matrices of ", up_.n, " x ", up_.k,
             " and ", down_.n, " x ", down_.k, " do not follow one another");
-    Require(act_ != ActivationFormat::kInt8Static && act_ != ActivationFormat::kUint8Static,
-            "experts have no static activations");
+    Require(!act_.is_static(), "experts have no static activations");
     RequireProduct(up_, act_);
     RequireProduct(down_, act_);
   }
