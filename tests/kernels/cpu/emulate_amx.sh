@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs check_amx.cc, with the kernels as CMake builds them, under Linux on an emulated CPU that has
 # AMX (Sapphire Rapids). It needs Debian, or what is like it, with curl, g++, cmake, make and patch,
-# and installs nothing: all of it lands in a folder, 700 MB.
+# and installs nothing: all of it lands in a folder, 500 MB.
 #
 #   tests/kernels/cpu/emulate_amx.sh [FOLDER]        by default build/amx
 #
