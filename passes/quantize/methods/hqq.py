@@ -29,7 +29,7 @@ class Hqq(Method):
     scales alone follow.
 
     It begins with a whole zero point and ends soon, so that 0 stays next to a value: further steps
-    find less error in the weights, and more in what models predict.
+    lower the squared error of the weights, and what a model predicts gets no better by them.
 
     Attributes:
         norm: The p < 1 of the norm of errors that is minimized.
