@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs check_amx.cc, with the kernels as CMake builds them, under Linux on an emulated CPU that has
-# AMX (Sapphire Rapids). It needs Debian, or what is like it, with curl, g++, cmake, make and patch,
+# AMX (Sapphire Rapids). It needs Debian, or what is like it, with curl, g++, cmake and make,
 # and installs nothing: all of it lands in a folder, 500 MB.
 #
 #   tests/kernels/cpu/emulate_amx.sh [FOLDER]        by default build/amx
 #
 # The emulator is Bochs 3.0. It has AMX, but not all that Linux needs to lend tiles to processes,
-# which emulate_amx.patch adds. The first run compiles it, in about ten minutes; others take two.
+# which emulate_amx.edits adds. The first run compiles it, in about ten minutes; others take two.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -40,6 +40,14 @@ EOF
   touch root/.done
 }
 
+# Each section of the edits is a script of sed for a file.
+edit_emulator() {
+  local edits=$here/emulate_amx.edits file
+  for file in $(sed -n 's/^=== //p' "$edits"); do
+    sed -n "\|^=== $file\$|,/^===/{/^===/d;p}" "$edits" | sed -i -f - "$file"
+  done
+}
+
 build_emulator() {
   [ -e bochs-3.0/bochs ] && return
   curl -sSf -o bochs.tar.xz "$mirror/pool/main/b/bochs/bochs_3.0+dfsg.orig.tar.xz"
@@ -48,7 +56,7 @@ build_emulator() {
   tar -xf bochs.tar.xz
   (
     cd bochs-3.0
-    patch -p1 < "$here/emulate_amx.patch"
+    edit_emulator
     ./configure --with-nogui --disable-docbook --disable-xpm --enable-all-optimizations \
       --enable-x86-64 --enable-avx --enable-evex --enable-amx \
       --enable-protection-keys CXXFLAGS=-O2 CFLAGS=-O2
