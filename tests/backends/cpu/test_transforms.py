@@ -13,7 +13,6 @@ from tests.backends.cpu.test_backend import assert_close, interpret, some_ids
 from qcompile.calibration.samples import TokenWindows
 from qcompile.calibration.settings import Calibration
 from qcompile.compiler import compile
-from qcompile.errors import TargetError
 from qcompile.ir import dialect
 from qcompile.ir.program import Program
 from qcompile.passes.infra import Context, PassManager
@@ -104,11 +103,3 @@ def test_activations_in_8_bit_floats_compile_and_decode(
     ids = some_ids(2, 9)
     assert_close(artifact.forward(ids), interpret(after, ids), "w8a8-rtn")
     assert len(artifact.generate([5, 6, 7], max_new_tokens=4)) >= 1
-
-
-def test_activations_without_a_kernel_are_refused_before_the_work(
-    program: Models, tmp_path: Path
-) -> None:
-    with pytest.raises(TargetError, match="the cpu target has no int4 activations"):
-        compile(program("llama"), recipe="w4a4-quarot-rtn", output=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
