@@ -5,11 +5,10 @@ python benchmarks/cache_formats.py --text valid.txt
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from scoring import KeptLogits, smollm2
+from scoring import KeptLogits, scoring_parser, smollm2
 
 import qcompile as qc
 from qcompile.compiler import tokenizer_of
@@ -36,11 +35,7 @@ ROWS = {
 
 def main() -> None:
     """Scores every row and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct from its wheel")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
+    parser = scoring_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens to score, from the start")
     options = parser.parse_args()
     program = qc.capture(options.model or smollm2(), dequantize=True)

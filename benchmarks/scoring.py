@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -147,6 +148,16 @@ def halves(path: Path) -> tuple[str, str]:
     text = path.read_text(encoding="utf-8")
     middle = text.index("\n", len(text) // 2) + 1
     return text[:middle], text[middle:]
+
+
+def scoring_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of a benchmark that scores a model on a text."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct from its wheel")
+    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
+    return parser
 
 
 def smollm2() -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accuracy_results import Measured, Results, digest
-from scoring import KeptLogits, smollm2
+from scoring import KeptLogits, scoring_parser, smollm2
 from transform_rows import METHODS, OUTLIERS, PRECISIONS, Step, precision_of
 
 import qcompile as qc
@@ -202,11 +202,7 @@ COLUMNS = (*PRECISIONS, OUTLIERS)
 
 def main() -> None:
     """Measures the cells that were asked for and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", help="default: SmolLM2-135M-Instruct from its wheel")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8 text")
+    parser = scoring_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens to score, from the start")
     parser.add_argument("--window", type=int, default=512, help="tokens per window")
     parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")

@@ -45,7 +45,11 @@ class IntegerActivations:
         Raises:
             ValueError: It is neither.
         """
-        return None if act == FLOAT else _BY_TEXT[act]
+        if act == FLOAT:
+            return None
+        if act not in _BY_TEXT:
+            raise ValueError(f"act = {act!r} is neither {FLOAT!r} nor one of {', '.join(_BY_TEXT)}")
+        return _BY_TEXT[act]
 
     @property
     def middle(self) -> int:
